@@ -1,0 +1,1 @@
+"""Plan to Crazyradio over cflib: arming, take-off, setpoint guard, landing."""

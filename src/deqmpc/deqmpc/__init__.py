@@ -1,0 +1,1 @@
+"""ROS-free library of the DEQ-MPC flight stack: dynamics, problems, solvers, policies."""

@@ -1,0 +1,28 @@
+from setuptools import find_packages, setup
+
+package_name = 'deqmpc_bringup'
+
+setup(
+    name=package_name,
+    version='0.1.0',
+    description='Composition of the nodes into sim, hardware, stream and replay; deqmpc fly; launch files and configuration.',
+    license='Apache-2.0',
+    maintainer='DEQ-MPC flight stack maintainers',
+    maintainer_email='maintainers@users.noreply.github.com',
+    packages=find_packages(exclude=['test']),
+    data_files=[
+        ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
+        ('share/' + package_name, ['package.xml']),
+    ],
+    install_requires=['pyyaml', 'tqdm'],
+    extras_require={'test': ['pytest']},
+    entry_points={
+        'deqmpc.commands': [
+            'fly = deqmpc_bringup.fly:main',
+            'replay = deqmpc_bringup.fly:replay',
+            'stream = deqmpc_bringup.stream:main',
+            'trial = deqmpc_bringup.trial:main',
+        ],
+    },
+    zip_safe=True,
+)

@@ -1,0 +1,1 @@
+"""Policy node: state and obstacles to a plan of T+1 full states."""

@@ -1,0 +1,25 @@
+from setuptools import find_packages, setup
+
+package_name = 'deqmpc_controller'
+
+setup(
+    name=package_name,
+    version='0.1.0',
+    description='Policy node: state and obstacles to a plan of T+1 full states.',
+    license='Apache-2.0',
+    maintainer='DEQ-MPC flight stack maintainers',
+    maintainer_email='maintainers@users.noreply.github.com',
+    packages=find_packages(exclude=['test']),
+    data_files=[
+        ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
+        ('share/' + package_name, ['package.xml']),
+    ],
+    install_requires=['numpy'],
+    extras_require={'test': ['pytest']},
+    entry_points={
+        'console_scripts': [
+            'policy_node = deqmpc_controller.node:main',
+        ],
+    },
+    zip_safe=True,
+)

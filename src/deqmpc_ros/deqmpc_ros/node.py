@@ -1,0 +1,168 @@
+"""What every node of the stack shares: settings from parameters, QoS from the topic table, and a
+main() that spins, stops once on SIGINT or SIGTERM, and says in one line why it could not start.
+
+Settings are a frozen dataclass; each field is one parameter, its metadata made by `parameter()`.
+Unknown names, wrong types and values out of range raise `SettingsError`, which names the value, what
+was expected and the node it was meant for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import traceback
+import types as pytypes
+from collections.abc import Callable
+from typing import Any, TypeVar, get_type_hints
+
+import rclpy
+from rclpy.experimental import EventsExecutor
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+
+from deqmpc.interface import Topic
+from deqmpc_ros.messages import message_class
+
+S = TypeVar('S')
+
+# Names that ROS itself declares on every node.
+_ROS_OWN = ('use_sim_time', 'start_type_description_service', 'qos_overrides')
+
+
+class SettingsError(ValueError):
+    """A parameter, file or address the node was given cannot be used."""
+
+
+def parameter(default: Any, description: str, low: float | None = None, high: float | None = None,
+              choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that is a ROS parameter. `low`, `high`: inclusive range of a number (or of
+    each element of a list); `choices`: the allowed strings."""
+    meta = {'description': description, 'low': low, 'high': high, 'choices': choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def check_value(where: str, field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    """`value` converted to the field's type, or SettingsError. An int is taken for a float, never the
+    other way, and a bool is no number."""
+    def fail(expected):
+        raise SettingsError(f'{where}: parameter {field.name} = {value!r}; expected {expected}')
+    def scalar(kind, v):
+        if kind is float and isinstance(v, (int, float)) and not isinstance(v, bool):
+            v = float(v)
+        elif not (isinstance(v, kind) and (kind is bool or not isinstance(v, bool))):
+            fail(kind.__name__ if v is value else f'a list of {kind.__name__}')
+        low, high, choices = (field.metadata.get(k) for k in ('low', 'high', 'choices'))
+        if kind in (int, float) and (v != v or (low is not None and v < low) or (high is not None and v > high)):
+            fail(f'a number in [{low}, {high}]')
+        if choices and v not in choices:
+            fail('one of ' + ', '.join(choices))
+        return v
+    if isinstance(hint, pytypes.GenericAlias):  # list[float], list[str]
+        kind = hint.__args__[0]
+        if isinstance(value, (str, bytes)) or not hasattr(value, '__iter__'):
+            fail(f'a list of {kind.__name__}')
+        return [scalar(kind, v) for v in value]
+    return scalar(hint, value)
+
+
+def declare(node: Node, settings: type[S]) -> S:
+    """Declare every field of `settings` (a dataclass) as a read-only parameter and return its values.
+
+    Raises SettingsError on a parameter the dataclass does not have, a wrong type or range.
+    """
+    where = node.get_fully_qualified_name()
+    given = {k: v for k, v in node._parameter_overrides.items() if k.split('.')[0] not in _ROS_OWN}
+    fields = {f.name: f for f in dataclasses.fields(settings)}
+    unknown = sorted(set(given) - set(fields))
+    if unknown:
+        raise SettingsError(f'{where}: unknown parameter {", ".join(unknown)}; '
+                            f'expected some of: {", ".join(sorted(fields))}')
+    hints = get_type_hints(settings)
+    values = {}
+    for name, field in fields.items():
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        value = given[name].value if name in given else default
+        values[name] = check_value(where, field, hints[name], value)
+        low, high = field.metadata.get('low'), field.metadata.get('high')
+        descriptor = ParameterDescriptor(description=field.metadata.get('description', ''), read_only=True,
+                                         dynamic_typing=True)
+        if low is not None and high is not None and hints[name] is float:
+            descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
+        if low is not None and high is not None and hints[name] is int:
+            descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high))]
+        node.declare_parameter(name, values[name], descriptor, ignore_override=True)
+    return settings(**values)
+
+
+def qos(topic: Topic) -> QoSProfile:
+    """The QoS profile the topic table asks for."""
+    return QoSProfile(
+        history=HistoryPolicy.KEEP_LAST, depth=topic.depth,
+        reliability=ReliabilityPolicy.RELIABLE if topic.reliable else ReliabilityPolicy.BEST_EFFORT,
+        durability=DurabilityPolicy.TRANSIENT_LOCAL if topic.latched else DurabilityPolicy.VOLATILE)
+
+
+def robot_name(node: Node) -> str:
+    """The robot a node serves: its namespace without slashes. SettingsError when it has none."""
+    name = node.get_namespace().strip('/')
+    if not name or '/' in name:
+        raise SettingsError(f'{node.get_fully_qualified_name()}: start it in the robot\'s namespace '
+                            f'(-r __ns:=/cf1), got {node.get_namespace()!r}')
+    return name
+
+
+def publisher(node: Node, topic: Topic, robot: str):
+    """Publisher of `topic` for `robot` with the table's type and QoS."""
+    return node.create_publisher(message_class(topic.type), topic.resolve(robot), qos(topic))
+
+
+def subscription(node: Node, topic: Topic, robot: str, callback: Callable, raw: bool = False):
+    """Subscription to `topic` for `robot` with the table's type and QoS."""
+    return node.create_subscription(message_class(topic.type), topic.resolve(robot), callback, qos(topic),
+                                    raw=raw)
+
+
+def now(node: Node) -> float:
+    """The node's ROS clock in s."""
+    return node.get_clock().now().nanoseconds * 1e-9
+
+
+def run(factory: Callable[[], Node], argv: list[str] | None = None) -> int:
+    """Make the node, spin it until SIGINT, SIGTERM or `node.finished` is True, then close it.
+
+    The node may have `close()` (called once, with ROS still up) and `exit_status` (default 0).
+    Exit status 2 when the node cannot start (SettingsError), 1 when a callback raised: `close()` is
+    still called, so that nothing leaves the drone without a decision.
+    """
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _frame: stop.append(n))
+    rclpy.init(args=argv, signal_handler_options=SignalHandlerOptions.NO)
+    node, status = None, 0
+    try:
+        node = factory()
+        executor = EventsExecutor()
+        executor.add_node(node)
+        while not stop and not getattr(node, 'finished', False):
+            executor.spin_once(timeout_sec=0.1)
+    except SettingsError as error:
+        print(f'error: {error}', file=sys.stderr, flush=True)
+        status = 2
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    finally:
+        if node is not None:
+            try:
+                if hasattr(node, 'close'):
+                    node.close()
+                status = status or getattr(node, 'exit_status', 0)
+            finally:
+                node.destroy_node()
+        rclpy.try_shutdown()
+    return status

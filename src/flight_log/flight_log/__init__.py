@@ -1,0 +1,1 @@
+"""Recorder, bag replay, trial protocol, evaluation and report."""

@@ -1,0 +1,30 @@
+from setuptools import find_packages, setup
+
+package_name = 'flight_log'
+
+setup(
+    name=package_name,
+    version='0.1.0',
+    description='Recorder, bag replay, trial protocol, evaluation and report.',
+    license='Apache-2.0',
+    maintainer='DEQ-MPC flight stack maintainers',
+    maintainer_email='maintainers@users.noreply.github.com',
+    packages=find_packages(exclude=['test']),
+    data_files=[
+        ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
+        ('share/' + package_name, ['package.xml']),
+    ],
+    install_requires=['numpy', 'rosbags', 'mcap', 'lz4', 'matplotlib', 'tqdm'],
+    extras_require={'test': ['pytest']},
+    entry_points={
+        'console_scripts': [
+            'recorder_node = flight_log.recorder_node:main',
+            'replay_node = flight_log.replay_node:main',
+            'trial_node = flight_log.trial_node:main',
+        ],
+        'deqmpc.commands': [
+            'evaluate = flight_log.evaluate:main',
+        ],
+    },
+    zip_safe=True,
+)

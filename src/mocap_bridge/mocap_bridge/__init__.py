@@ -1,0 +1,1 @@
+"""NatNet (OptiTrack) rigid body to pose and odometry."""

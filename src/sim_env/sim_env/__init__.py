@@ -1,0 +1,1 @@
+"""Simulated Crazyflie and OptiTrack that speak the real wire protocols; virtual obstacles."""
