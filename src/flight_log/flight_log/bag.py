@@ -1,0 +1,440 @@
+"""rosbag2 bags without a ROS installation: writing that survives SIGKILL, reading, repair.
+
+A bag is a folder `NAME/` with `NAME.mcap` (MCAP, profile `ros2`) and, once closed, `metadata.yaml`
+(rosbag2 bag metadata version 9). Messages are gathered in lz4 chunks that are handed to the operating
+system after at most `FLUSH_SECONDS` of recording or `CHUNK_BYTES`; a process killed in between loses
+that one chunk, and a reader can walk the file up to the tear. A machine that loses power may lose more:
+nothing is fsynced while flying.
+
+Layout of the records: https://mcap.dev/spec and https://mcap.dev/spec/registry#ros2; channel metadata
+and metadata.yaml as rosbag2_storage_mcap writes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import sqlite3
+import struct
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from mcap.exceptions import McapError, UnsupportedCompressionError
+from mcap.records import Channel, Chunk, Message, Metadata, Schema
+from mcap.stream_reader import StreamReader, breakup_chunk
+from mcap.writer import CompressionType, Writer
+from rosbags.interfaces import Nodetype
+from rosbags.rosbag2 import Reader, ReaderError
+from rosbags.serde import SerdeError
+from rosbags.typesys import Stores, get_typestore
+
+from deqmpc.interface import Topic
+
+FLUSH_SECONDS = 0.25  # s of log time in one chunk at most
+CHUNK_BYTES = 64 * 1024
+METADATA_NAME = 'deqmpc'  # the MCAP metadata record that holds the run's settings
+
+# What decoders raise on bytes that were cut or overwritten.
+_CORRUPT = (ValueError, RuntimeError, EOFError, IndexError, KeyError, AssertionError, TypeError, struct.error)
+_UNREADABLE = (ReaderError, OSError, sqlite3.Error, *_CORRUPT)
+_MAGIC = b'\x89MCAP0\r\n'
+_BAG_VERSION = 9
+_STORE = get_typestore(Stores.ROS2_KILTED)
+
+
+class BagError(ValueError):
+    """A bag cannot be read or written; the message names the file and what was expected."""
+
+
+# --- messages -----------------------------------------------------------------------------------
+
+# Defaults that a .msg file gives and rosbags' definitions do not keep (geometry_msgs/Quaternion.msg).
+_MSG_DEFAULTS = {'geometry_msgs/msg/Quaternion': {'w': 1.0}}
+
+
+def _default(description: Any) -> Callable[[], Any]:
+    """A function that makes the default of one field of rosbags' field description."""
+    kind, detail = description
+    if kind == Nodetype.BASE:
+        name = detail[0]
+        value = {'string': '', 'bool': False}.get(name, 0.0 if name.startswith('float') else 0)
+        return lambda: value
+    if kind == Nodetype.NAME:
+        return lambda: _make(detail, {})
+    element, length = detail
+    length = length if kind == Nodetype.ARRAY else 0
+    if element[0] == Nodetype.BASE and element[1][0] != 'string':
+        dtype = np.uint8 if element[1][0] in ('octet', 'byte', 'char') else element[1][0]
+        return lambda: np.zeros(length, dtype=dtype)
+    one = _default(element)
+    return lambda: [one() for _ in range(length)]
+
+
+@functools.cache
+def _fields(type_name: str) -> dict[str, Callable[[], Any]]:
+    if type_name not in _STORE.fielddefs:
+        raise BagError(f'message type {type_name!r} is not a standard ROS 2 (Kilted) message')
+    defaults = {name: _default(description) for name, description in _STORE.fielddefs[type_name][1]}
+    for name, value in _MSG_DEFAULTS.get(type_name, {}).items():
+        defaults[name] = functools.partial(float, value)
+    return defaults
+
+
+def _make(type_name: str, given: dict[str, Any]) -> Any:
+    defaults = _fields(type_name)
+    unknown = given.keys() - defaults.keys()
+    if unknown:
+        raise BagError(f'{type_name} has no field {sorted(unknown)}; expected some of {list(defaults)}')
+    return _STORE.types[type_name](**{k: given[k] if k in given else make() for k, make in defaults.items()})
+
+
+class BagTypes:
+    """The rosbags side of `deqmpc.interface.MessageTypes`."""
+
+    def make(self, type_name: str, **fields: Any) -> Any:
+        """A message of `type_name`; fields not given have their default. BagError on a wrong name."""
+        return _make(type_name, fields)
+
+    def octet(self, value: int) -> int:
+        """rosbags keeps a `byte` field as an int."""
+        return int(value)
+
+
+TYPES = BagTypes()
+
+
+def serialize(message: Any, type_name: str) -> bytes:
+    """CDR bytes of a message that `BagTypes` made."""
+    return bytes(_STORE.serialize_cdr(message, type_name))
+
+
+def deserialize(data: bytes, type_name: str) -> Any:
+    """The message in CDR bytes. BagError when the bytes are not such a message."""
+    if type_name not in _STORE.fielddefs:
+        raise BagError(f'message type {type_name!r} is not a standard ROS 2 (Kilted) message')
+    try:
+        return _STORE.deserialize_cdr(data, type_name)
+    except (SerdeError, AssertionError, IndexError) as error:
+        raise BagError(f'{len(data)} bytes are no {type_name}: {error}') from error
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+def _qos_profile(topic: Topic | None) -> list[dict[str, Any]]:
+    """Offered QoS in the form of rosbag2 metadata version 9; empty when it is not known."""
+    if topic is None:
+        return []
+    infinite = {'sec': 9223372036, 'nsec': 854775807}  # RMW_DURATION_INFINITE
+    return [{
+        'history': 'keep_last', 'depth': topic.depth,
+        'reliability': 'reliable' if topic.reliable else 'best_effort',
+        'durability': 'transient_local' if topic.latched else 'volatile',
+        'deadline': dict(infinite), 'lifespan': dict(infinite), 'liveliness': 'automatic',
+        'liveliness_lease_duration': dict(infinite), 'avoid_ros_namespace_conventions': False}]
+
+
+@dataclass
+class _Recorded:
+    """What the metadata of the bag says of one topic."""
+
+    channel: int
+    type: str
+    qos: list[dict[str, Any]]
+    count: int = 0
+
+
+class BagWriter:
+    """Writes one bag folder.
+
+    path: the folder, which must not exist. metadata: strings kept with the bag (settings, seed,
+    versions), as an MCAP metadata record and as rosbag2's `custom_data`. flush_seconds: longest span of
+    log time that a kill may lose. Raises BagError when the path exists or cannot be made.
+
+    Log times are integer nanoseconds of the ROS clock. Use as a context manager, or call `close()`: only
+    then do readers other than this module's accept the bag.
+    """
+
+    def __init__(self, path: str | Path, metadata: dict[str, str] | None = None,
+                 flush_seconds: float = FLUSH_SECONDS):
+        self.path = Path(path)
+        self.metadata = {str(k): str(v) for k, v in (metadata or {}).items()}
+        self.messages = 0
+        self.topics: dict[str, _Recorded] = {}
+        self._flush_ns = round(flush_seconds * 1e9)
+        self._chunk_start: int | None = None
+        self._chunk_bytes = 0
+        self._first, self._last = 2**63 - 1, 0
+        self._schemas: dict[str, int] = {}
+        if self.path.exists():
+            raise BagError(f'{self.path} exists; expected a new path for the bag (nothing is overwritten)')
+        try:
+            self.path.mkdir(parents=True)
+            self._file = open(self.path / f'{self.path.name}.mcap', 'xb')
+        except OSError as error:
+            raise BagError(f'cannot make the bag {self.path}: {error.strerror}') from error
+        self._writer = Writer(self._file, chunk_size=2**31, compression=CompressionType.LZ4)
+        self._writer.start(profile='ros2', library='deqmpc flight_log')
+        if self.metadata:
+            self._writer.add_metadata(METADATA_NAME, self.metadata)
+        self._file.flush()
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the file so far, without the chunk being gathered."""
+        return (self.path / f'{self.path.name}.mcap').stat().st_size
+
+    def write(self, topic: str, type_name: str, log_time: int, data: bytes, qos: Topic | None = None) -> None:
+        """Append the CDR bytes `data`, received at `log_time` (ns). `qos`: the table's row, read on the
+        first message of a topic. OSError when the disk refuses."""
+        if topic not in self.topics:
+            self.register(topic, type_name, _qos_profile(qos))
+        recorded = self.topics[topic]
+        self._writer.add_message(recorded.channel, log_time, data, log_time, recorded.count)
+        recorded.count += 1
+        self.messages += 1
+        self._first, self._last = min(self._first, log_time), max(self._last, log_time)
+        self._chunk_bytes += len(data)
+        if self._chunk_start is None:
+            self._chunk_start = log_time
+        elif self._chunk_bytes > CHUNK_BYTES or log_time - self._chunk_start >= self._flush_ns:
+            self.flush()
+
+    def write_message(self, topic: Topic, robot: str, stamp: float, message: Any) -> None:
+        """Append a message made with `BagTypes`, received at `stamp` (s)."""
+        data = serialize(message, topic.type)
+        self.write(topic.resolve(robot), topic.type, round(stamp * 1e9), data, topic)
+
+    def flush(self) -> None:
+        """Hand everything to the operating system, so that a kill from now on loses none of it."""
+        self._writer.flush()
+        self._chunk_start, self._chunk_bytes = None, 0
+
+    def close(self) -> None:
+        """Write the index and metadata.yaml. A second call does nothing."""
+        if self._file.closed:
+            return
+        information = self._information()
+        self._writer.add_metadata('rosbag2', {'serialized_metadata': yaml.safe_dump(information)})
+        self._writer.finish()
+        self._file.close()
+        text = yaml.safe_dump({'rosbag2_bagfile_information': information}, sort_keys=False)
+        partial = self.path / 'metadata.yaml.tmp'
+        partial.write_text(text)
+        partial.replace(self.path / 'metadata.yaml')
+
+    def __enter__(self) -> BagWriter:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def register(self, topic: str, type_name: str, profile: list[dict[str, Any]]) -> None:
+        """Open a channel; `profile`: offered QoS as rosbag2's metadata spells it, empty when unknown."""
+        if type_name not in self._schemas:
+            if type_name not in _STORE.fielddefs:
+                raise BagError(f'topic {topic}: message type {type_name!r} is not a standard ROS 2 message')
+            text, _ = _STORE.generate_msgdef(type_name, ros_version=2)
+            self._schemas[type_name] = self._writer.register_schema(type_name, 'ros2msg', text.encode())
+        channel = self._writer.register_channel(topic, 'cdr', self._schemas[type_name], {
+            'offered_qos_profiles': yaml.safe_dump(profile).strip() if profile else '',
+            'topic_type_hash': _STORE.hash_rihs01(type_name)})
+        self.topics[topic] = _Recorded(channel, type_name, profile)
+
+    def _information(self) -> dict[str, Any]:
+        start = self._first if self.messages else 0
+        span = {'duration': {'nanoseconds': max(0, self._last - start)},
+                'starting_time': {'nanoseconds_since_epoch': start}, 'message_count': self.messages}
+        name = f'{self.path.name}.mcap'
+        return {
+            'version': _BAG_VERSION, 'storage_identifier': 'mcap', **span,
+            'topics_with_message_count': [
+                {'topic_metadata': {
+                    'name': topic, 'type': r.type, 'serialization_format': 'cdr',
+                    'offered_qos_profiles': r.qos, 'type_description_hash': _STORE.hash_rihs01(r.type)},
+                 'message_count': r.count}
+                for topic, r in self.topics.items()],
+            'compression_format': '', 'compression_mode': '', 'relative_file_paths': [name],
+            'files': [{'path': name, **span}], 'custom_data': self.metadata or None, 'ros_distro': 'kilted'}
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class BagInfo:
+    """What can be said of a bag before its messages are read."""
+
+    path: Path
+    torn: bool  # the recording was cut: no index; readable up to the tear
+    topics: dict[str, str]  # topic -> type; of a torn bag those met so far on the way to the tear
+    metadata: dict[str, str] = field(default_factory=dict)  # as given to BagWriter
+
+
+def _is_whole(path: Path) -> bool:
+    """True when the MCAP file ends as a finished one does."""
+    if path.stat().st_size < 2 * len(_MAGIC):
+        return False
+    with open(path, 'rb') as f:
+        f.seek(-len(_MAGIC), io.SEEK_END)
+        return f.read() == _MAGIC
+
+
+def _storage(path: Path) -> tuple[Path | None, list[Path]]:
+    """(what a normal reader opens, []) or (None, torn MCAP files in order). BagError when neither."""
+    if not path.exists():
+        raise BagError(f'{path}: no such file; expected a bag folder or a .mcap file')
+    if path.is_dir():
+        if (path / 'metadata.yaml').exists():
+            return path, []
+        files = sorted(path.glob('*.mcap'))
+        if not files:
+            databases = sorted(path.glob('*.db3'))
+            if len(databases) == 1:  # sqlite3 needs no metadata.yaml
+                return databases[0], []
+            raise BagError(f'{path}: no metadata.yaml and no .mcap file; expected a rosbag2 bag folder')
+        if len(files) == 1 and _is_whole(files[0]):
+            return files[0], []
+        return None, files
+    if path.suffix == '.mcap' and not _is_whole(path):
+        return None, [path]
+    if path.suffix not in ('.mcap', '.db3'):
+        raise BagError(f'{path}: expected a bag folder, a .mcap or a .db3 file')
+    return path, []
+
+
+def _torn_records(path: Path) -> Iterator[Any]:
+    """Schemas, channels, metadata and messages of an MCAP file up to where it is torn."""
+    with open(path, 'rb') as f:
+        if f.read(len(_MAGIC)) != _MAGIC:
+            raise BagError(f'{path}: not an MCAP file (its first 8 bytes are wrong)')
+        f.seek(0)
+        records = iter(StreamReader(f, emit_chunks=True).records)
+        while True:
+            try:
+                record = next(records)
+                parts = breakup_chunk(record, validate_crc=True) if isinstance(record, Chunk) else [record]
+            except StopIteration:
+                return
+            except UnsupportedCompressionError as error:
+                raise BagError(f'{path}: the codec of its chunks is not installed: {error}') from error
+            except (McapError, *_CORRUPT):
+                return
+            yield from parts
+
+
+def _torn_messages(files: list[Path]) -> Iterator[tuple[Channel, str, int, bytes]]:
+    """(channel, type, log time in ns, CDR bytes)."""
+    for path in files:
+        schemas: dict[int, Schema] = {}
+        channels: dict[int, Channel] = {}
+        for record in _torn_records(path):
+            if isinstance(record, Schema):
+                schemas[record.id] = record
+            elif isinstance(record, Channel):
+                channels[record.id] = record
+            elif isinstance(record, Message):
+                channel = channels[record.channel_id]
+                yield channel, schemas[channel.schema_id].name, record.log_time, record.data
+
+
+def _metadata_records(path: Path) -> dict[str, str]:
+    """The run's settings from an MCAP file: BagWriter writes that record first."""
+    for record in _torn_records(path):
+        if isinstance(record, Metadata) and record.name == METADATA_NAME:
+            return dict(record.metadata)
+        if isinstance(record, Message):
+            break
+    return {}
+
+
+def bag_info(path: str | Path) -> BagInfo:
+    """Look at a bag. BagError when it is none, or when nothing in it can be read."""
+    path = Path(path)
+    whole, torn = _storage(path)
+    if whole is None:
+        topics = {channel.topic: kind for channel, kind, _, _ in _torn_messages(torn)}
+        return BagInfo(path, True, topics, _metadata_records(torn[0]))
+    try:
+        with Reader(whole) as reader:
+            topics = {c.topic: c.msgtype for c in reader.connections}
+    except _UNREADABLE as error:
+        raise BagError(f'{path}: not a readable rosbag2 bag: {error}') from error
+    if whole.is_dir():
+        document = yaml.safe_load((whole / 'metadata.yaml').read_text())
+        custom = document['rosbag2_bagfile_information'].get('custom_data') or {}
+    else:
+        custom = _metadata_records(whole) if whole.suffix == '.mcap' else {}
+    return BagInfo(path, False, topics, {str(k): str(v) for k, v in custom.items()})
+
+
+def read_raw(path: str | Path,
+             topics: Collection[str] | None = None) -> Iterator[tuple[str, str, int, bytes]]:
+    """(topic, type, log time in ns, CDR bytes) in the order of log times; of a torn bag in the order of
+    recording, up to the tear. `topics`: those to read, all when None. BagError when unreadable."""
+    path = Path(path)
+    whole, torn = _storage(path)
+    if whole is None:
+        for channel, kind, log_time, data in _torn_messages(torn):
+            if topics is None or channel.topic in topics:
+                yield channel.topic, kind, log_time, data
+        return
+    try:
+        with Reader(whole) as reader:
+            wanted = [c for c in reader.connections if topics is None or c.topic in topics]
+            if wanted:
+                for connection, log_time, data in reader.messages(wanted):
+                    yield connection.topic, connection.msgtype, log_time, data
+    except _UNREADABLE as error:
+        raise BagError(f'{path}: not a readable rosbag2 bag: {error}') from error
+
+
+def read_bag(path: str | Path,
+             topics: Collection[str] | None = None) -> Iterator[tuple[str, str, float, Any]]:
+    """(topic, type, log time in s, message): `read_raw` with the messages decoded. BagError names the
+    topic and the time of a message that cannot be decoded."""
+    for topic, kind, log_time, data in read_raw(path, topics):
+        try:
+            message = deserialize(data, kind)
+        except BagError as error:
+            raise BagError(f'{path}: {topic} at {1e-9 * log_time:.3f} s: {error}') from error
+        yield topic, kind, 1e-9 * log_time, message
+
+
+# --- repair -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Recovered:
+    """What `recover` saved."""
+
+    path: Path  # the repaired bag
+    messages: int
+    seconds: float  # from the first to the last message saved
+
+
+def recover(path: str | Path, output: str | Path | None = None) -> Recovered:
+    """Write what can be read of a torn bag to a new bag, `<path>_recovered` unless `output` is given.
+
+    The original is not touched. BagError when the bag is whole, holds no message or `output` exists.
+    """
+    path = Path(path)
+    _, torn = _storage(path)
+    if not torn:
+        raise BagError(f'{path} is whole; expected a torn recording to recover')
+    messages = _torn_messages(torn)
+    first = next(messages, None)
+    if first is None:
+        raise BagError(f'{path}: no complete chunk of messages before the tear; nothing to recover')
+    output = Path(output) if output is not None else path.with_name(path.stem + '_recovered')
+    last = first[2]
+    with BagWriter(output, metadata=_metadata_records(torn[0])) as writer:
+        for channel, kind, log_time, data in itertools.chain([first], messages):
+            if channel.topic not in writer.topics:
+                profile = yaml.safe_load(channel.metadata.get('offered_qos_profiles') or '[]')
+                writer.register(channel.topic, kind, profile)
+            writer.write(channel.topic, kind, log_time, data)
+            last = max(last, log_time)
+    return Recovered(output, writer.messages, 1e-9 * (last - first[2]))
