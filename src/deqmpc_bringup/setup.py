@@ -1,3 +1,5 @@
+from glob import glob
+
 from setuptools import find_packages, setup
 
 package_name = 'deqmpc_bringup'
@@ -5,7 +7,7 @@ package_name = 'deqmpc_bringup'
 setup(
     name=package_name,
     version='0.1.0',
-    description='Composition of the nodes into sim, hardware, stream and replay; deqmpc fly; launch files and configuration.',
+    description='Composition of the nodes into flights: deqmpc fly, launch files, configuration.',
     license='Apache-2.0',
     maintainer='DEQ-MPC flight stack maintainers',
     maintainer_email='maintainers@users.noreply.github.com',
@@ -13,6 +15,10 @@ setup(
     data_files=[
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),
+        ('share/' + package_name + '/launch', glob('../../launch/*')),
+        ('share/' + package_name + '/config', glob('../../config/*.*')),
+        *[('share/' + package_name + '/config/' + d, glob(f'../../config/{d}/*'))
+          for d in ('airframes', 'policies', 'trials')],
     ],
     install_requires=['pyyaml', 'tqdm'],
     extras_require={'test': ['pytest']},

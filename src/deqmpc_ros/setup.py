@@ -5,7 +5,7 @@ package_name = 'deqmpc_ros'
 setup(
     name=package_name,
     version='0.1.0',
-    description='What every node of the stack shares: parameters into a dataclass, QoS, message types, spinning and shutdown.',
+    description='What every node of the stack shares: parameters, QoS, message types, spinning.',
     license='Apache-2.0',
     maintainer='DEQ-MPC flight stack maintainers',
     maintainer_email='maintainers@users.noreply.github.com',

@@ -1,1 +1,1 @@
-"""Composition of the nodes into sim, hardware, stream and replay; deqmpc fly; launch files and configuration."""
+"""Composition of the nodes into flights: deqmpc fly, launch files, configuration."""

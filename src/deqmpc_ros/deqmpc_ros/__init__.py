@@ -1,1 +1,1 @@
-"""What every node of the stack shares: parameters into a dataclass, QoS, message types, spinning and shutdown."""
+"""What every node of the stack shares: parameters, QoS, message types, spinning."""

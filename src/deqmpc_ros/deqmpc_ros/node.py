@@ -11,22 +11,25 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+import time
 import traceback
 import types as pytypes
 from collections.abc import Callable
 from typing import Any, TypeVar, get_type_hints
 
 import rclpy
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 from rclpy.experimental import EventsExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
-from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
 
-from deqmpc.interface import Topic
+from deqmpc.interface import STATUS, Topic, read_diagnostics
 from deqmpc_ros.messages import message_class
 
 S = TypeVar('S')
+
+LINGER = 15.0  # s that a node may spin on after the first stop signal
 
 # Names that ROS itself declares on every node.
 _ROS_OWN = ('use_sim_time', 'start_type_description_service', 'qos_overrides')
@@ -57,7 +60,9 @@ def check_value(where: str, field: dataclasses.Field, hint: Any, value: Any) -> 
         elif not (isinstance(v, kind) and (kind is bool or not isinstance(v, bool))):
             fail(kind.__name__ if v is value else f'a list of {kind.__name__}')
         low, high, choices = (field.metadata.get(k) for k in ('low', 'high', 'choices'))
-        if kind in (int, float) and (v != v or (low is not None and v < low) or (high is not None and v > high)):
+        out = kind in (int, float) and (
+            v != v or (low is not None and v < low) or (high is not None and v > high))
+        if out:
             fail(f'a number in [{low}, {high}]')
         if choices and v not in choices:
             fail('one of ' + ', '.join(choices))
@@ -92,7 +97,8 @@ def declare(node: Node, settings: type[S]) -> S:
         descriptor = ParameterDescriptor(description=field.metadata.get('description', ''), read_only=True,
                                          dynamic_typing=True)
         if low is not None and high is not None and hints[name] is float:
-            descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
+            descriptor.floating_point_range = [
+                FloatingPointRange(from_value=float(low), to_value=float(high))]
         if low is not None and high is not None and hints[name] is int:
             descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high))]
         node.declare_parameter(name, values[name], descriptor, ignore_override=True)
@@ -127,6 +133,31 @@ def subscription(node: Node, topic: Topic, robot: str, callback: Callable, raw: 
                                     raw=raw)
 
 
+class FlightWatch:
+    """Whether the robot is in the air, from its status topic: what `may_stop` needs."""
+
+    IN_AIR = ('taking_off', 'holding', 'following', 'landing')
+
+    def __init__(self, node: Node, robot: str, silence: float = 1.0):
+        """Subscribe to the status of `robot`; after `silence` s without one nobody holds the drone."""
+        self._node = node
+        self._name = f'{robot}/flight'
+        self._silence = silence
+        self._in_air = False
+        self._heard = 0.0
+        self._subscription = subscription(node, STATUS, robot, self._on_status)
+
+    def _on_status(self, msg):
+        for status in read_diagnostics(msg):
+            if status.name == self._name:
+                self._in_air = status.values.get('phase') in self.IN_AIR
+                self._heard = now(self._node)
+
+    def in_air(self) -> bool:
+        """True while the last status is fresh and its phase is one of `IN_AIR`."""
+        return self._in_air and now(self._node) - self._heard < self._silence
+
+
 def now(node: Node) -> float:
     """The node's ROS clock in s."""
     return node.get_clock().now().nanoseconds * 1e-9
@@ -135,7 +166,9 @@ def now(node: Node) -> float:
 def run(factory: Callable[[], Node], argv: list[str] | None = None) -> int:
     """Make the node, spin it until SIGINT, SIGTERM or `node.finished` is True, then close it.
 
-    The node may have `close()` (called once, with ROS still up) and `exit_status` (default 0).
+    The node may have `close()` (called once, with ROS still up), `exit_status` (default 0) and
+    `may_stop() -> bool`: after the first signal the node spins on until that is True, at most
+    `LINGER` s, so that what a landing drone needs outlives the request to stop; a second signal ends it.
     Exit status 2 when the node cannot start (SettingsError), 1 when a callback raised: `close()` is
     still called, so that nothing leaves the drone without a decision.
     """
@@ -149,6 +182,10 @@ def run(factory: Callable[[], Node], argv: list[str] | None = None) -> int:
         executor = EventsExecutor()
         executor.add_node(node)
         while not stop and not getattr(node, 'finished', False):
+            executor.spin_once(timeout_sec=0.1)
+        until = time.monotonic() + LINGER
+        while (len(stop) == 1 and time.monotonic() < until and hasattr(node, 'may_stop')
+               and not node.may_stop()):
             executor.spin_once(timeout_sec=0.1)
     except SettingsError as error:
         print(f'error: {error}', file=sys.stderr, flush=True)

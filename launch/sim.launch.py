@@ -1,0 +1,7 @@
+"""ros2 launch deqmpc_bringup sim.launch.py [name:=value ...]: mode `sim` of composition.yaml."""
+
+from deqmpc_bringup.ros_launch import launch_description
+
+
+def generate_launch_description():
+    return launch_description('sim')
