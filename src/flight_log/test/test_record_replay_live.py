@@ -1,0 +1,95 @@
+"""Recorder and replay as real processes on a DDS domain of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip('rclpy', reason='rclpy is not installed')
+
+from flight_log_synthetic import SyntheticTrial, write_trial  # noqa: E402
+
+from flight_log import bag  # noqa: E402
+
+SECONDS = 2.0
+
+
+@pytest.fixture
+def environment():
+    return {**os.environ, 'ROS_DOMAIN_ID': '71', 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST',
+            'ROS_PYTHON_CHECK_FIELDS': '1'}
+
+
+def start(environment, module, *parameters):
+    arguments = [a for p in parameters for a in ('-p', p)]
+    return subprocess.Popen(
+        [sys.executable, '-c', f'import sys; from flight_log.{module} import main; sys.exit(main(sys.argv))',
+         '--ros-args', '-r', '__ns:=/cf1', '--log-level', 'info', *arguments],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def stop(process, number):
+    process.send_signal(number)
+    try:
+        out, _ = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    return out
+
+
+@pytest.mark.parametrize('restamp', [True, False])
+def test_a_replayed_bag_is_recorded_again_with_the_same_content(tmp_path, environment, restamp):
+    source = write_trial(tmp_path / 'source', SyntheticTrial(seconds=SECONDS, lead=0.1))
+    recorder = start(environment, 'recorder_node', f'bag_path:={tmp_path / "again"}', 'metadata:=["seed=3"]')
+    replay = start(environment, 'replay_node', f'bag:={source}', f'restamp:={str(restamp).lower()}',
+                   'topics:=["pose","odom","obstacles","status"]')
+    said, _ = replay.communicate(timeout=30)
+    assert replay.returncode == 0, said
+    time.sleep(0.3)  # what is on the wire arrives
+    said = stop(recorder, signal.SIGTERM)
+    assert recorder.returncode == 0, said
+    info = bag.bag_info(tmp_path / 'again')
+    assert not info.torn and info.metadata == {'robot': 'cf1', 'seed': '3'}
+
+    def content(path, topic):
+        # DDS pads a payload to 4 bytes
+        return [(t, data.rstrip(b'\0')) for _, _, t, data in bag.read_raw(path, [topic])]
+    for topic in ('/cf1/pose', '/cf1/odom', '/obstacles', '/cf1/status'):
+        sent, got = content(source, topic), content(tmp_path / 'again', topic)
+        assert len(got) >= 0.9 * len(sent), f'{topic}: {len(got)} of {len(sent)}\n{said}'
+        if not restamp:
+            assert {d for _, d in got} <= {d for _, d in sent}, topic
+        elif topic != '/obstacles':
+            assert {d[12:] for _, d in got} <= {d[12:] for _, d in sent}, topic
+    if restamp:
+        age = [t - m.header.stamp.sec - 1e-9 * m.header.stamp.nanosec
+               for _, _, t, m in bag.read_bag(tmp_path / 'again', ['/cf1/pose'])]
+        assert np.median(np.abs(age)) < 5.0  # stamps are of now, not of the recording
+
+
+def test_a_killed_recorder_leaves_a_readable_bag(tmp_path, environment):
+    source = write_trial(tmp_path / 'source', SyntheticTrial(seconds=SECONDS, lead=0.1))
+    recorder = start(environment, 'recorder_node', f'bag_path:={tmp_path / "torn"}')
+    replay = start(environment, 'replay_node', f'bag:={source}')
+    replay.communicate(timeout=30)
+    time.sleep(0.5)
+    stop(recorder, signal.SIGKILL)
+    assert bag.bag_info(tmp_path / 'torn').torn
+    sent = sum(1 for _ in bag.read_raw(source, ['/cf1/pose']))
+    assert sum(1 for _ in bag.read_raw(tmp_path / 'torn', ['/cf1/pose'])) >= 0.9 * sent
+
+
+def test_wrong_parameters_end_a_node_with_status_2_and_one_line(tmp_path, environment):
+    (tmp_path / 'there').mkdir()
+    for module, parameter, words in (
+            ('recorder_node', f'bag_path:={tmp_path / "there"}', 'exists'),
+            ('recorder_node', 'metadata:=["seed"]', 'expected "key=value"'),
+            ('replay_node', f'bag:={tmp_path / "absent"}', 'no such file'),
+            ('replay_node', 'rate:=0.0', 'rate')):
+        process = start(environment, module, parameter)
+        said, _ = process.communicate(timeout=30)
+        assert process.returncode == 2 and words in said and 'Traceback' not in said, said
