@@ -68,7 +68,8 @@ def wait_for(condition, seconds=20.0):
 
 def test_the_end_of_an_ending_row_ends_all_with_its_status(prefix, tmp_path):
     lines = []
-    runner = Runner([row('quiet'), row('short', ends=True)], tmp_path / 'log', dict(os.environ), write=lines.append)
+    runner = Runner([row('quiet'), row('short', ends=True)], tmp_path / 'log', dict(os.environ),
+                    write=lines.append)
     assert runner.run() == 0
     assert not alive(int((prefix / 'quiet.pid').read_text()))
     assert '[quiet] hello from quiet' in lines
@@ -100,7 +101,8 @@ def test_a_missing_executable_is_reported_before_anything_starts(prefix, tmp_pat
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopping_the_runner_by_any_signal_lets_the_drone_land_and_leaves_no_process(prefix, tmp_path, number):
+def test_stopping_the_runner_by_any_signal_lets_the_drone_land_and_leaves_no_process(prefix, tmp_path,
+                                                                                     number):
     code = textwrap.dedent('''
         import os, pathlib, signal, sys
         from deqmpc_bringup.composition import Row

@@ -35,8 +35,8 @@ def start(tmp_path, *ros_arguments, namespace='/cf1'):
     script = tmp_path / 'probe.py'
     script.write_text(NODE)
     env = {**os.environ, 'ROS_DOMAIN_ID': '41', 'ROS_PYTHON_CHECK_FIELDS': '1'}
-    return subprocess.run([sys.executable, str(script), '--ros-args', '-r', f'__ns:={namespace}', *ros_arguments],
-                          env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, str(script), '--ros-args', '-r', f'__ns:={namespace}',
+                           *ros_arguments], env=env, capture_output=True, text=True, timeout=60)
 
 
 def parameters(tmp_path, text):
@@ -46,8 +46,8 @@ def parameters(tmp_path, text):
 
 
 def test_the_command_line_wins_over_a_parameter_file_under_a_wildcard_namespace(tmp_path):
-    done = start(tmp_path, *parameters(tmp_path, '/**:\n  probe:\n    ros__parameters: {rate: 20, count: 5}\n'),
-                 '-p', 'rate:=50', '-p', 'mode:="off"')
+    given = parameters(tmp_path, '/**:\n  probe:\n    ros__parameters: {rate: 20, count: 5}\n')
+    done = start(tmp_path, *given, '-p', 'rate:=50', '-p', 'mode:="off"')
     assert done.returncode == 0, done.stderr
     assert 'rate=50.0, count=5' in done.stdout and "mode='off'" in done.stdout
 
