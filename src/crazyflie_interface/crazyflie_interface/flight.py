@@ -1,0 +1,616 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One drone's flight: requests, poses and plans in; radio commands out; the guard between.
+
+Time is an argument everywhere (s, any clock that poses, plans and telemetry share), so a node drives
+this class with the ROS clock and an in-process loop with simulated time. It is not thread-safe: one
+thread calls it; only the Radio behind it may have threads of its own.
+
+Radio commands can be lost, so nothing here is believed because it was sent: arming is over when the
+supervisor says so, a motion when the pose has arrived; what had no effect is sent again, and after its
+time-out the flight ends by landing.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from crazyflie_interface import guard, phases, radio
+from crazyflie_interface.guard import Answer
+from crazyflie_interface.radio import Radio
+from crazyflie_interface.setpoint import Setpoint, plan_fault, setpoint_at, setpoint_fault
+from crazyflie_interface.settings import FlightSettings
+from deqmpc import interface
+from deqmpc.dynamics import rotation
+from deqmpc.types import Plan, RigidBodyState
+
+TICK = 0.02  # s, period of FlightManager.tick
+RESEND = 0.5  # s after which a request without effect is sent again
+CUT_REPEAT = 0.5  # s for which an emergency stop is repeated on every tick
+HANDOVER_REPEATS = 2  # ticks on which a hold or a landing is sent again
+MAX_RETRIES = 2  # times a motion without effect is sent again
+ON_GROUND = 0.05  # m above the take-off point below which a landing has landed
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answer to a request."""
+
+    success: bool
+    message: str
+
+
+@dataclass
+class _Motion:
+    """A high-level motion on its way."""
+
+    kind: str  # takeoff | go_to | hold | land
+    target: np.ndarray  # (3,) m
+    duration: float  # s
+    command: Callable[[], None]  # sends it
+    began: float  # s, first sent
+    sent: float  # s, last sent; the drone may have begun then
+    repeats: int  # ticks on which it is still sent again, because one lost packet would be silence
+    retries: int = 0  # times it was sent again because it had no effect
+
+
+class FlightManager:
+    """The flight of one drone over one Radio."""
+
+    def __init__(self, link: Radio, settings: FlightSettings | None = None):
+        self.radio = link
+        self.settings = settings or FlightSettings()
+        self.phase = 'disarmed'
+        self.answer = Answer('idle')  # the guard's last answer
+        self.reason = ''  # why the flight left the operator's hands; kept until the next request
+        self.setpoints_sent = 0
+        self._go_to = 'idle'
+        self._arming_since: float | None = None
+        self._arming_sent = 0.0
+        self._motion: _Motion | None = None
+        self._guard_held_since: float | None = None
+        self._cut_since = -np.inf
+        self._ending = False
+        self._ground = 0.0  # m, height of the pose at take-off
+        self._plan: Plan | None = None
+        self._plan_received = -np.inf
+        self._plan_fault = ''
+        self._pose: tuple[float, np.ndarray, np.ndarray] | None = None  # stamp, position, quaternion
+        self._pose_seen = -np.inf  # instant at which the drone is known to have been there
+        self._pose_fault = ''
+        self._pose_times: collections.deque[float] = collections.deque()
+        self._odometry: tuple[float, np.ndarray] | None = None  # instant, velocity
+        self._last_setpoint: Setpoint | None = None
+        self._since: dict[str, float] = {}
+        self._watchdog_sent = -np.inf
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def arm(self, on: bool, now: float) -> Result:
+        """Arm after the preflight checks, or disarm (also ends `emergency`). Arming is done when phase
+        becomes `armed`, which is when the drone confirms it."""
+        if not on:
+            return self._disarm()
+        refusal = self._refusal('arm') or ('already arming' if self._arming_since is not None else '')
+        if refusal:
+            return Result(False, refusal)
+        failures = self.preflight(now)
+        if failures:
+            return Result(False, '; '.join(failures))
+        self._arming_since = self._arming_sent = now
+        self.reason = ''
+        self.radio.arm(True)
+        return Result(True, 'arming; done when phase is armed')
+
+    def takeoff(self, now: float) -> Result:
+        """Rise to takeoff_height; done when phase becomes `holding`."""
+        refusal = self._refusal('takeoff')
+        if refusal:
+            return Result(False, refusal)
+        failures = self.preflight(now)
+        if failures:
+            return Result(False, '; '.join(failures))
+        s = self.settings
+        _, position, _ = self._pose
+        self._ground = float(position[2])
+        self._enter('takeoff')
+        self._begin('takeoff', np.array([position[0], position[1], s.takeoff_height]), s.takeoff_duration,
+                    lambda: self.radio.takeoff(s.takeoff_height, s.takeoff_duration), now)
+        return Result(True, f'taking off to {s.takeoff_height} m in {s.takeoff_duration} s')
+
+    def go_to(self, position, yaw: float, now: float) -> Result:
+        """Move to a pose (m, rad, world) while holding; done when status key go_to is `done`."""
+        refusal = self._refusal('go_to')
+        if refusal:
+            return Result(False, refusal)
+        position = np.asarray(position, float)
+        if position.shape != (3,) or not np.isfinite(position).all() or not np.isfinite(yaw):
+            return Result(False, f'go_to {position.tolist()} m, yaw {yaw} rad: expected finite numbers')
+        s = self.settings
+        if guard.outside(position, s.fence_low, s.fence_high) > 0.0:
+            return Result(False, f'go_to {np.round(position, 2).tolist()} m is outside the fence '
+                          f'{s.fence_low} to {s.fence_high}')
+        if self._motion is not None and self._motion.kind == 'go_to':
+            # A second polynomial begun inside the first can swing far out (cflib, go_to).
+            return Result(False, 'another go_to is active')
+        if self._pose_age(now) >= s.pose_hold:
+            return Result(False, f'no mocap pose for {self._pose_age(now):.2f} s (limit {s.pose_hold} s)')
+        self._operator_takes_over()
+        distance = float(np.linalg.norm(position - self._pose[1]))
+        duration = max(1.0, distance / s.go_to_speed)
+        self._begin('go_to', position, duration,
+                    lambda: self.radio.go_to(position, float(yaw), duration), now)
+        self._go_to = 'active'
+        return Result(True, f'going {distance:.2f} m in {duration:.1f} s')
+
+    def engage(self, now: float) -> Result:
+        """Follow the plan from now on. Refused without a fresh pose, a fresh plan, or where the first
+        setpoint would jump."""
+        refusal = self._refusal('engage') or self._engage_refusal(now)
+        if refusal:
+            return Result(False, refusal)
+        self._operator_takes_over()
+        self._motion, self._go_to, self._last_setpoint = None, 'idle', None
+        self._enter('engage')
+        return Result(True, 'following the plan')
+
+    def disengage(self, now: float) -> Result:
+        """Stop following and hold at the last setpoint."""
+        refusal = self._refusal('disengage')
+        if refusal:
+            return Result(False, refusal)
+        self._hold(now)
+        return Result(True, 'holding')
+
+    def land(self, now: float) -> Result:
+        """Land here; done when phase becomes `disarmed`."""
+        refusal = self._refusal('land')
+        if refusal:
+            return Result(False, refusal)
+        self._operator_takes_over()
+        self._land(now)
+        return Result(True, f'landing in {self._motion.duration:.1f} s')
+
+    def emergency(self, now: float) -> Result:
+        """Cut the motors, from any phase."""
+        self._cut(now, 'emergency requested')
+        return Result(True, 'motors cut; the drone locks until it is restarted')
+
+    def shutdown(self, now: float) -> None:
+        """The process ends: refuse requests from here on, land if flying, disarm if armed. The caller
+        goes on ticking (and feeding poses) until `grounded`."""
+        self._ending = True
+        if self.phase in ('taking_off', 'holding', 'following'):
+            self._guard_held_since = None
+            self._land(now, 'the interface is shutting down')
+        elif self.phase == 'armed' or self._arming_since is not None:
+            self._stop_arming()
+            self.radio.arm(False)
+            self.phase = 'disarmed'
+
+    @property
+    def grounded(self) -> bool:
+        """True when no motion of ours carries the drone."""
+        return self.phase not in phases.FLYING
+
+    # --- inputs -----------------------------------------------------------------------------------
+
+    def on_pose(self, stamp: float, position: np.ndarray, quaternion: np.ndarray, now: float) -> str:
+        """A mocap pose (m, xyzw, world) taken at `stamp`: forwarded to the drone and remembered.
+
+        Returns why it is refused, empty when it is used. A refused pose counts as no pose.
+        """
+        self._pose_fault = self._judge_pose(stamp, position, quaternion)
+        if self._pose_fault:
+            return self._pose_fault
+        quaternion = rotation.normalize(quaternion)
+        self.radio.extpose(position, quaternion)
+        self._pose = (stamp, np.array(position, float), quaternion)
+        self._pose_seen = min(stamp, now)  # a stamp ahead of our clock makes nothing fresher
+        self._pose_times.append(now)
+        while self._pose_times[0] < now - self.settings.preflight_time - 0.5:
+            self._pose_times.popleft()
+        return ''
+
+    def _judge_pose(self, stamp, position, quaternion):
+        if not (np.isfinite(stamp) and np.isfinite(position).all() and np.isfinite(quaternion).all()):
+            return f'pose is not finite: {np.asarray(position).tolist()} {np.asarray(quaternion).tolist()}'
+        norm = float(np.linalg.norm(quaternion))
+        if abs(norm - 1.0) > 0.05:
+            return f'pose quaternion has norm {norm:.3g}, expected 1'
+        if self._pose is not None and stamp <= self._pose[0]:
+            return f'pose stamp {stamp:.3f} s is not after the last one {self._pose[0]:.3f} s'
+        return ''
+
+    def on_plan(self, plan: Plan, now: float) -> str:
+        """A plan from the policy. Returns why it is refused, empty when it is used."""
+        s = self.settings
+        self._plan_fault = plan_fault(plan)
+        if not self._plan_fault and not -s.plan_latency <= now - plan.stamp <= s.plan_latency:
+            self._plan_fault = (f'plan stamp is {now - plan.stamp:.2f} s old on arrival '
+                                f'(limit {s.plan_latency} s)')
+        if not self._plan_fault and self._plan is not None and plan.stamp <= self._plan.stamp:
+            self._plan_fault = (f'plan stamp {plan.stamp:.3f} s is not after the last one '
+                                f'{self._plan.stamp:.3f} s')
+        if not self._plan_fault:
+            self._plan, self._plan_received = plan, now
+        return self._plan_fault
+
+    def refuse_plan(self, reason: str) -> None:
+        """A plan message that could not even be read."""
+        self._plan_fault = reason
+
+    def on_odometry(self, state: RigidBodyState, now: float) -> None:
+        """Velocity for the fence's look ahead. A state that is not finite is left out."""
+        if state.is_finite():
+            self._odometry = (now, state.velocity)
+
+    # --- the 50 Hz tick ---------------------------------------------------------------------------
+
+    def tick(self, now: float) -> Setpoint | None:
+        """One step of the flight, every `TICK`; returns the full-state setpoint it sent, if any."""
+        telemetry = self.radio.telemetry()
+        self._watch_arming(telemetry, now)
+        self._watch_motion(now)
+        setpoint, fault = self._next_setpoint(now)
+        self.answer = guard.decide(self._inputs(telemetry, setpoint, fault, now), self.settings)
+        self._act(now)
+        if self.settings.firmware_watchdog and self.phase != 'disarmed' and now - self._watchdog_sent >= 0.2:
+            self._watchdog_sent = now
+            self.radio.emergency_watchdog()
+        if self.phase == 'emergency' and now - self._cut_since <= CUT_REPEAT:
+            self.radio.emergency_stop()
+        if self.phase != 'following':
+            return None
+        self.radio.full_state(setpoint)
+        self._last_setpoint = setpoint
+        self.setpoints_sent += 1
+        return setpoint
+
+    def _next_setpoint(self, now):
+        if self.phase != 'following':
+            return None, ''
+        setpoint = setpoint_at(self._plan, now + self.settings.look_ahead)
+        return setpoint, setpoint_fault(setpoint)
+
+    def _inputs(self, telemetry, setpoint, fault, now) -> guard.Inputs:
+        s = self.settings
+        flying = self.phase in phases.FLYING
+        tilt = rotation.tilt(self._pose[2]) if self._pose is not None else 0.0
+        volts = telemetry.battery_v
+        loaded = None if volts is None else volts + (s.battery_sag if flying else 0.0)
+        velocity = None
+        if self._odometry is not None and now - self._odometry[0] < s.pose_hold:
+            velocity = self._odometry[1]
+        return guard.Inputs(
+            phase=self.phase, pose_age=self._pose_age(now), plan_age=now - self._plan_received,
+            position=None if self._pose is None else self._pose[1], velocity=velocity,
+            setpoint=None if setpoint is None else setpoint.position, setpoint_fault=fault,
+            plan_fault=self._plan_fault, pose_fault=self._pose_fault,
+            tilted_for=self._lasting('tilt', tilt > s.tilt_cut, now), battery_v=volts,
+            battery_low_for=self._lasting(
+                'low', flying and loaded is not None and loaded < s.battery_land, now),
+            battery_critical_for=self._lasting(
+                'critical', flying and volts is not None and volts < s.battery_critical, now),
+            supervisor=telemetry.supervisor, link=telemetry.link, link_fault=telemetry.fault,
+            telemetry_age=np.inf if telemetry.stamp is None else max(now - telemetry.stamp, 0.0),
+            guard_held_for=None if self._guard_held_since is None else now - self._guard_held_since)
+
+    def _lasting(self, name: str, condition: bool, now: float) -> float:
+        """How long (s) `condition` has been true without a break."""
+        if not condition:
+            self._since.pop(name, None)
+            return 0.0
+        return now - self._since.setdefault(name, now)
+
+    def _act(self, now):
+        """Carry out a guard's answer that is worse than what the phase already is."""
+        if self.answer.answer == guard.BASELINE[self.phase]:
+            return
+        if self.answer.answer == 'cut':
+            if self.phase == 'armed':  # on the ground, where disarming is enough and locks nothing
+                self.radio.arm(False)
+                self.phase, self.reason = 'disarmed', self.answer.reason
+            else:
+                self._cut(now, self.answer.reason)
+        elif self.answer.answer == 'land':
+            self._land(now, self.answer.reason)
+        elif self.answer.answer == 'hold':
+            self._hold(now, self.answer.reason)
+
+    # --- what the drone is doing ------------------------------------------------------------------
+
+    def _watch_arming(self, telemetry, now):
+        bits = telemetry.supervisor or 0
+        if self._arming_since is not None:
+            ready = radio.ARMED | radio.CAN_FLY
+            if bits & ready == ready:
+                self._stop_arming()
+                self._enter('arm')
+            elif now - self._arming_since >= self.settings.arm_timeout:
+                self._stop_arming()
+                self.radio.arm(False)
+                self.reason = (f'drone did not confirm arming in {self.settings.arm_timeout} s '
+                               f'(supervisor 0x{bits:03x}, needs armed and canFly)')
+            elif now - self._arming_sent >= RESEND:
+                self._arming_sent = now
+                self.radio.arm(True)
+        elif self.phase == 'armed' and telemetry.supervisor is not None and not bits & radio.ARMED:
+            self.phase = 'disarmed'
+            self.reason = f'drone disarmed itself on the ground (supervisor 0x{bits:03x})'
+
+    def _stop_arming(self):
+        self._arming_since = None
+
+    def _watch_motion(self, now):
+        m = self._motion
+        if m is None:
+            return
+        if m.repeats > 0:
+            m.repeats -= 1
+            m.command()
+        if m.kind == 'land':
+            self._watch_landing(m, now)
+        elif m.kind == 'takeoff':
+            self._watch_takeoff(m, now)
+        elif now - m.sent >= m.duration:
+            self._watch_move(m, now)
+
+    def _watch_takeoff(self, m, now):
+        fresh = self._pose_age(now) < self.settings.pose_hold
+        # Half the duration is half the height, so a drone still on the ground has not heard of it.
+        deaf = now - m.sent >= 0.5 * m.duration and fresh and self._height() < ON_GROUND
+        if deaf and m.retries < MAX_RETRIES:
+            self._again(m, now)
+        elif (now - m.sent >= m.duration and fresh
+                and abs(self._pose[1][2] - m.target[2]) <= self.settings.arrival_distance):
+            self._motion = None
+            self._enter('arrived')
+        elif now - m.began >= (1 + m.retries) * m.duration + self.settings.arrival_timeout:
+            self._land(now, f'take-off reached {self._height():.2f} m of {m.target[2] - self._ground:.2f} m')
+
+    def _watch_move(self, m, now):
+        error = float(np.linalg.norm(self._pose[1] - m.target))
+        arrived = error <= self.settings.arrival_distance and self._pose_age(now) < self.settings.pose_hold
+        if m.kind == 'hold':
+            self._motion = None
+        elif arrived:
+            self._motion, self._go_to = None, 'done'
+        elif now - m.sent >= m.duration + self.settings.arrival_timeout:
+            if m.retries == 0:
+                self._again(m, now)
+            else:
+                self._motion, self._go_to = None, 'idle'
+                self.reason = f'go_to ended {error:.2f} m from its target'
+
+    def _watch_landing(self, m, now):
+        supervisor = self.radio.telemetry().supervisor
+        if supervisor is not None and not supervisor & radio.ARMED:
+            self._landed()
+        elif now - m.sent >= m.duration:
+            fresh = self._pose_age(now) < self.settings.pose_hold
+            if fresh and self._height() <= ON_GROUND:
+                self._landed()
+            elif now - m.sent >= m.duration + RESEND:
+                if fresh and m.retries < MAX_RETRIES:
+                    self._again(m, now)
+                else:
+                    self._landed()
+
+    def _begin(self, kind, target, duration, command, now, repeats=0):
+        self._motion = _Motion(kind, target, duration, command, now, now, repeats)
+        command()
+
+    def _again(self, m, now):
+        m.sent = now
+        m.retries += 1
+        m.command()
+
+    def _height(self) -> float:
+        """Height (m) of the last pose above where it took off."""
+        return float(self._pose[1][2] - self._ground)
+
+    # --- changes of phase -------------------------------------------------------------------------
+
+    def _refusal(self, event: str) -> str:
+        return 'the interface is shutting down' if self._ending else phases.refusal(self.phase, event)
+
+    def _enter(self, event: str) -> None:
+        self.phase = phases.after(self.phase, event)
+
+    def _operator_takes_over(self):
+        self.reason, self._guard_held_since = '', None
+
+    def _disarm(self) -> Result:
+        if self._arming_since is None:
+            refusal = self._refusal('disarm')
+            if refusal:
+                return Result(False, refusal)
+            self._enter('disarm')
+        self._stop_arming()
+        self._operator_takes_over()
+        self.radio.arm(False)
+        return Result(True, 'disarmed')
+
+    def _hold(self, now: float, reason: str = '') -> None:
+        """Leave the plan for a high-level hold at the last setpoint. The stop notice comes first, and
+        both come again on the next ticks: without them the firmware would level out after 0.5 s."""
+        self._enter('disengage')
+        if self._last_setpoint is not None:
+            target, yaw = self._last_setpoint.position, self._last_setpoint.yaw
+        else:
+            target, yaw = self._pose[1], float(rotation.yaw(self._pose[2]))
+        duration = self.settings.hold_duration
+        def command():
+            self.radio.notify_stop()
+            self.radio.go_to(target, yaw, duration)
+        self._begin('hold', target, duration, command, now, HANDOVER_REPEATS)
+        if reason:
+            self.reason, self._guard_held_since = reason, now
+
+    def _land(self, now: float, reason: str = '') -> None:
+        """Land from whatever flies now."""
+        streaming = self.phase == 'following'
+        self._enter('land')
+        s = self.settings
+        duration = max(s.land_duration_min, (self._pose[1][2] - s.land_height) / s.land_speed)
+        def command():
+            if streaming:
+                self.radio.notify_stop()
+            self.radio.land(s.land_height, duration)
+        target = np.append(self._pose[1][:2], s.land_height)
+        self._begin('land', target, duration, command, now, HANDOVER_REPEATS)
+        self._go_to = 'idle'
+        if reason:
+            self.reason = reason
+
+    def _landed(self):
+        self._motion = None
+        self._enter('landed')
+        self._guard_held_since = None
+        self.radio.stop()
+        self.radio.arm(False)
+
+    def _cut(self, now: float, reason: str) -> None:
+        self._enter('cut')
+        self._stop_arming()
+        self._motion, self._go_to, self._guard_held_since = None, 'idle', None
+        self._cut_since, self.reason = now, reason
+        self.answer = Answer('cut', reason)
+        self.radio.emergency_stop()
+
+    # --- judgements -------------------------------------------------------------------------------
+
+    def _pose_age(self, now: float) -> float:
+        return now - self._pose_seen
+
+    def _engage_refusal(self, now: float) -> str:
+        s = self.settings
+        if self._go_to == 'active':
+            return 'engage is refused while a go_to is active'
+        if self._pose_age(now) >= s.pose_warn:
+            return f'no fresh mocap pose: {self._pose_age(now):.2f} s old (limit {s.pose_warn} s)'
+        age = now - self._plan_received
+        if age >= s.plan_warn:
+            because = f' ({self._plan_fault})' if self._plan_fault else ''
+            return f'no fresh plan: {age:.2f} s old (limit {s.plan_warn} s){because}'
+        first = setpoint_at(self._plan, now + s.look_ahead)
+        fault = setpoint_fault(first)
+        if fault:
+            return fault
+        if guard.outside(first.position, s.fence_low, s.fence_high) > 0.0:
+            return f'the plan begins at {np.round(first.position, 2).tolist()} m, outside the fence'
+        jump = float(np.linalg.norm(first.position - self._pose[1]))
+        if jump > s.engage_jump:
+            return f'the plan begins {jump:.2f} m from the drone (limit {s.engage_jump} m)'
+        return ''
+
+    def preflight(self, now: float) -> list[str]:
+        """What speaks against arming and taking off, each with value and limit; empty when ready.
+
+        An onboard estimate that disagrees with mocap is also reset, so that a second try may pass.
+        """
+        telemetry = self.radio.telemetry()
+        if telemetry.link != 'up':
+            return [f'radio link is {telemetry.link}{": " + telemetry.fault if telemetry.fault else ""}']
+        return [*self._pose_failures(now), *self._drone_failures(telemetry, now),
+                *self._estimate_failures(telemetry)]
+
+    def _pose_failures(self, now):
+        s = self.settings
+        if self._pose is None:
+            return [f'no mocap pose yet{" (" + self._pose_fault + ")" if self._pose_fault else ""}']
+        failures = []
+        if self._pose_age(now) >= s.pose_warn:
+            failures.append(f'mocap pose is {self._pose_age(now):.2f} s old (limit {s.pose_warn} s)')
+        recent = [t for t in self._pose_times if t >= now - s.preflight_time - s.pose_warn]
+        gap = max((b - a for a, b in zip(recent, recent[1:], strict=False)), default=np.inf)
+        span = recent[-1] - recent[0] if recent else 0.0
+        if span < s.preflight_time - s.pose_warn or gap >= s.pose_warn:
+            failures.append(f'mocap was gapless for {0.0 if gap >= s.pose_warn else span:.2f} s '
+                            f'(needs {s.preflight_time} s)')
+        elif not s.preflight_rate_min <= (len(recent) - 1) / span <= s.preflight_rate_max:
+            failures.append(f'mocap rate is {(len(recent) - 1) / span:.1f} Hz '
+                            f'(needs {s.preflight_rate_min:g} to {s.preflight_rate_max:g} Hz)')
+        if guard.outside(self._pose[1], [*s.fence_low[:2], -np.inf], s.fence_high) > 0.0:
+            failures.append(f'drone at {np.round(self._pose[1], 2).tolist()} m is outside the fence '
+                            f'{s.fence_low} to {s.fence_high}')
+        tilt = float(rotation.tilt(self._pose[2]))
+        if tilt > 0.35:
+            failures.append(f'drone is tilted by {tilt:.2f} rad (limit 0.35 rad)')
+        return failures
+
+    def _drone_failures(self, telemetry, now):
+        s = self.settings
+        failures = []
+        if telemetry.stamp is None or now - telemetry.stamp >= s.telemetry_land:
+            return ['no fresh telemetry from the drone']
+        if telemetry.parameter_faults is None:
+            failures.append('parameters are not set yet')
+        else:
+            failures += telemetry.parameter_faults
+        if telemetry.battery_v is None or not telemetry.battery_v > s.battery_warn:
+            volts = 'unknown' if telemetry.battery_v is None else f'{telemetry.battery_v:.2f} V'
+            failures.append(f'battery is {volts} (needs more than {s.battery_warn} V)')
+        bits = telemetry.supervisor
+        if bits is None:
+            return [*failures, 'supervisor state is unknown']
+        for bit, what in ((radio.TUMBLED, 'tumbled'), (radio.CRASHED, 'crashed'),
+                          (radio.LOCKED, 'locked: restart the drone')):
+            if bits & bit:
+                failures.append(f'supervisor reports {what} (0x{bits:03x})')
+        if self.phase == 'armed' and not bits & radio.CAN_FLY:
+            failures.append(f'supervisor does not report canFly (0x{bits:03x})')
+        elif not bits & (radio.CAN_FLY | radio.CAN_ARM):  # a drone that arms itself reports canFly only
+            failures.append(f'supervisor reports neither canArm nor canFly (0x{bits:03x})')
+        return failures
+
+    def _estimate_failures(self, telemetry):
+        s = self.settings
+        if self._pose is None:
+            return []
+        if telemetry.position is None or telemetry.yaw is None or telemetry.variance is None:
+            return ['onboard estimate is unknown']
+        failures = []
+        error = float(np.linalg.norm(telemetry.position - self._pose[1]))
+        if not error <= s.preflight_position:
+            failures.append(f'onboard position is {error:.3f} m from mocap (limit {s.preflight_position} m)')
+        turn = telemetry.yaw - float(rotation.yaw(self._pose[2]))
+        turn = abs((turn + np.pi) % (2 * np.pi) - np.pi)
+        if not turn <= s.preflight_yaw:
+            failures.append(f'onboard heading is {turn:.3f} rad from mocap (limit {s.preflight_yaw} rad)')
+        if not np.max(telemetry.variance) <= s.preflight_variance:
+            failures.append(f'onboard position variance is {np.max(telemetry.variance):.2g} m^2 '
+                            f'(limit {s.preflight_variance} m^2)')
+        if failures and self.phase == 'disarmed':
+            self.radio.reset_estimator()
+            failures.append('the onboard estimator was reset, try again')
+        return failures
+
+    # --- status -----------------------------------------------------------------------------------
+
+    def status(self, now: float) -> dict:
+        """Values of interface.FLIGHT_KEYS."""
+        telemetry = self.radio.telemetry()
+        return dict(zip(interface.FLIGHT_KEYS, (
+            self.phase, self.answer.answer, self.reason, telemetry.battery_v, telemetry.link_quality,
+            telemetry.supervisor, self._go_to), strict=True))
+
+    def health(self, now: float) -> tuple[int, str]:
+        """Diagnostic level and the sentence beside it."""
+        s, telemetry = self.settings, self.radio.telemetry()
+        if self.phase == 'emergency':
+            return interface.ERROR, self.reason
+        warnings = [self.reason] if self.reason else []
+        if telemetry.link != 'up':
+            warnings.append(f'radio link is {telemetry.link}')
+        if telemetry.battery_v is not None and telemetry.battery_v < s.battery_warn:
+            warnings.append(f'battery {telemetry.battery_v:.2f} V, below {s.battery_warn} V')
+        if self._pose_age(now) >= s.pose_warn:
+            warnings.append(f'no mocap pose for {self._pose_age(now):.2f} s')
+        if self.phase == 'following' and now - self._plan_received >= s.plan_warn:
+            warnings.append(f'no plan for {now - self._plan_received:.2f} s')
+        return (interface.WARN, '; '.join(warnings)) if warnings else (interface.OK, self.phase)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Flight phases as one state machine. The table below is the whole of it.
+
+    disarmed --arm--> armed --takeoff--> taking_off --arrived--> holding --engage--> following
+                                                                 holding <--disengage-- following
+    taking_off, holding, following --land--> landing --landed--> disarmed
+    armed, emergency --disarm--> disarmed
+    any phase --cut--> emergency
+"""
+
+from __future__ import annotations
+
+from deqmpc.interface import PHASES
+
+FLYING = ('taking_off', 'holding', 'following', 'landing')  # motors carry the drone
+
+# event -> (phases it is allowed from, phase it leads to)
+TRANSITIONS: dict[str, tuple[tuple[str, ...], str]] = {
+    'arm': (('disarmed',), 'armed'),
+    'disarm': (('armed', 'emergency'), 'disarmed'),
+    'takeoff': (('armed',), 'taking_off'),
+    'arrived': (('taking_off',), 'holding'),
+    'go_to': (('holding',), 'holding'),
+    'engage': (('holding',), 'following'),
+    'disengage': (('following',), 'holding'),
+    'land': (('taking_off', 'holding', 'following'), 'landing'),
+    'landed': (('landing',), 'disarmed'),
+    'cut': (PHASES, 'emergency'),
+}
+
+
+def refusal(phase: str, event: str) -> str:
+    """Why `event` is not allowed in `phase`; empty when it is. KeyError on an unknown event."""
+    allowed, _ = TRANSITIONS[event]
+    if phase in allowed:
+        return ''
+    return f'{event} is refused in phase {phase}; it is allowed in {", ".join(allowed)}'
+
+
+def after(phase: str, event: str) -> str:
+    """The phase that `event` leads to. ValueError where it is not allowed in `phase`."""
+    reason = refusal(phase, event)
+    if reason:
+        raise ValueError(reason)
+    return TRANSITIONS[event][1]
