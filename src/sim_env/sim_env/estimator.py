@@ -116,6 +116,16 @@ class KalmanEstimator:
         self._samples = 0
         self._externalize()
 
+    def place(self, position, velocity, quaternion) -> None:
+        """Start from a known state (m, m/s in the world, xyzw) with the variances of settled flight."""
+        self.x, self.y, self.z = position
+        self.qx, self.qy, self.qz, self.qw = quaternion
+        self._externalize()
+        R, (vx, vy, vz) = self._R, velocity
+        self._p = [R[i] * vx + R[3 + i] * vy + R[6 + i] * vz for i in range(3)]
+        self.P = np.diag([1e-5] * 3 + [1e-4] * 3 + [1e-5] * 3)
+        self._externalize()
+
     def step(self, tick: int, gyro, acc, measurements: list, flying: bool) -> None:
         """One 1 ms round: gather the IMU, predict every 10 ms, take in `measurements`.
 

@@ -135,6 +135,15 @@ class SimulatedCrazyflie:
         return RigidBodyState(self.time, np.array([p.x, p.y, p.z]), np.array([p.qx, p.qy, p.qz, p.qw]),
                               np.array([p.vx, p.vy, p.vz]), np.array([p.wx, p.wy, p.wz]))
 
+    def place(self, state: RigidBodyState) -> None:
+        """Put the body where `state` says and let the estimator know it, as a start in mid-air needs."""
+        p, e = self.plant, self.estimator
+        p.x, p.y, p.z = map(float, state.position)
+        p.vx, p.vy, p.vz = map(float, state.velocity)
+        p.qx, p.qy, p.qz, p.qw = map(float, state.quaternion)
+        p.wx, p.wy, p.wz = map(float, state.rates)
+        e.place((p.x, p.y, p.z), (p.vx, p.vy, p.vz), (p.qx, p.qy, p.qz, p.qw))
+
     def estimate(self) -> RigidBodyState:
         """What the drone believes; rates are the gyroscope's."""
         e = self.estimator
