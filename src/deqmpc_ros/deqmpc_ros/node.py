@@ -1,9 +1,8 @@
 """What every node of the stack shares: settings from parameters, QoS from the topic table, and a
 main() that spins, stops once on SIGINT or SIGTERM, and says in one line why it could not start.
 
-Settings are a frozen dataclass; each field is one parameter, its metadata made by `parameter()`.
-Unknown names, wrong types and values out of range raise `SettingsError`, which names the value, what
-was expected and the node it was meant for.
+Settings are a frozen dataclass; each field is one parameter, its metadata made by `parameter()`
+(deqmpc_ros.settings).
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ import signal
 import sys
 import time
 import traceback
-import types as pytypes
 from collections.abc import Callable
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
 
 import rclpy
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
@@ -26,6 +24,10 @@ from rclpy.signals import SignalHandlerOptions
 
 from deqmpc.interface import STATUS, Topic, read_diagnostics
 from deqmpc_ros.messages import message_class
+from deqmpc_ros.settings import SettingsError, from_values, parameter
+
+__all__ = ['FlightWatch', 'SettingsError', 'declare', 'now', 'parameter', 'publisher', 'qos', 'robot_name',
+           'run', 'subscription']
 
 S = TypeVar('S')
 
@@ -35,74 +37,25 @@ LINGER = 15.0  # s that a node may spin on after the first stop signal
 _ROS_OWN = ('use_sim_time', 'start_type_description_service', 'qos_overrides')
 
 
-class SettingsError(ValueError):
-    """A parameter, file or address the node was given cannot be used."""
-
-
-def parameter(default: Any, description: str, low: float | None = None, high: float | None = None,
-              choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that is a ROS parameter. `low`, `high`: inclusive range of a number (or of
-    each element of a list); `choices`: the allowed strings."""
-    meta = {'description': description, 'low': low, 'high': high, 'choices': choices}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
-
-
-def check_value(where: str, field: dataclasses.Field, hint: Any, value: Any) -> Any:
-    """`value` converted to the field's type, or SettingsError. An int is taken for a float, never the
-    other way, and a bool is no number."""
-    def fail(expected):
-        raise SettingsError(f'{where}: parameter {field.name} = {value!r}; expected {expected}')
-    def scalar(kind, v):
-        if kind is float and isinstance(v, (int, float)) and not isinstance(v, bool):
-            v = float(v)
-        elif not (isinstance(v, kind) and (kind is bool or not isinstance(v, bool))):
-            fail(kind.__name__ if v is value else f'a list of {kind.__name__}')
-        low, high, choices = (field.metadata.get(k) for k in ('low', 'high', 'choices'))
-        out = kind in (int, float) and (
-            v != v or (low is not None and v < low) or (high is not None and v > high))
-        if out:
-            fail(f'a number in [{low}, {high}]')
-        if choices and v not in choices:
-            fail('one of ' + ', '.join(choices))
-        return v
-    if isinstance(hint, pytypes.GenericAlias):  # list[float], list[str]
-        kind = hint.__args__[0]
-        if isinstance(value, (str, bytes)) or not hasattr(value, '__iter__'):
-            fail(f'a list of {kind.__name__}')
-        return [scalar(kind, v) for v in value]
-    return scalar(hint, value)
-
-
 def declare(node: Node, settings: type[S]) -> S:
     """Declare every field of `settings` (a dataclass) as a read-only parameter and return its values.
 
     Raises SettingsError on a parameter the dataclass does not have, a wrong type or range.
     """
-    where = node.get_fully_qualified_name()
-    given = {k: v for k, v in node._parameter_overrides.items() if k.split('.')[0] not in _ROS_OWN}
-    fields = {f.name: f for f in dataclasses.fields(settings)}
-    unknown = sorted(set(given) - set(fields))
-    if unknown:
-        raise SettingsError(f'{where}: unknown parameter {", ".join(unknown)}; '
-                            f'expected some of: {", ".join(sorted(fields))}')
+    given = {k: p.value for k, p in node._parameter_overrides.items() if k.split('.')[0] not in _ROS_OWN}
+    values = from_values(settings, node.get_fully_qualified_name(), given)
     hints = get_type_hints(settings)
-    values = {}
-    for name, field in fields.items():
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        value = given[name].value if name in given else default
-        values[name] = check_value(where, field, hints[name], value)
+    for field in dataclasses.fields(settings):
         low, high = field.metadata.get('low'), field.metadata.get('high')
         descriptor = ParameterDescriptor(description=field.metadata.get('description', ''), read_only=True,
                                          dynamic_typing=True)
-        if low is not None and high is not None and hints[name] is float:
+        if low is not None and high is not None and hints[field.name] is float:
             descriptor.floating_point_range = [
                 FloatingPointRange(from_value=float(low), to_value=float(high))]
-        if low is not None and high is not None and hints[name] is int:
+        if low is not None and high is not None and hints[field.name] is int:
             descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high))]
-        node.declare_parameter(name, values[name], descriptor, ignore_override=True)
-    return settings(**values)
+        node.declare_parameter(field.name, getattr(values, field.name), descriptor, ignore_override=True)
+    return values
 
 
 def qos(topic: Topic) -> QoSProfile:
