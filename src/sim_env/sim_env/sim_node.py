@@ -1,0 +1,190 @@
+"""Node `sim`: a simulated Crazyflie on cflib's UDP link and a simulated OptiTrack on NatNet.
+
+The other nodes connect to it as to the real ones; over ROS it publishes only the truth.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rclpy.node import Node
+
+from deqmpc import interface
+from deqmpc.airframe import Airframe
+from deqmpc_ros.messages import TYPES
+from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run
+from sim_env.crtp_peer import CrtpPeer, LinkDirection
+from sim_env.mocap_noise import MocapSensor, MocapSettings
+from sim_env.natnet_packets import VERSIONS, Body
+from sim_env.natnet_server import NatNetServer, NatNetSettings
+from sim_env.pacing import Pacer
+from sim_env.plant import PlantSettings
+from sim_env.simulated_crazyflie import SimSettings, SimulatedCrazyflie
+from sim_env.wires import WiredLab
+
+_LOOP = 0.002  # s: steps are 1 ms, so 2 a round; a round trip of a radio packet takes at most this
+_TRUTH = 0.010  # s
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of the node."""
+
+    seed: int = parameter(0, 'seed of start pose, sensor noise, losses and motor spread', 0)
+    start: str = parameter('random', "'x y z yaw' (m, rad), or random: on the floor, drawn from the seed")
+    start_range: float = parameter(1.0, 'a random start lies within this of the origin in x and in y (m)',
+                                   0.0, 50.0)
+    airframe: str = parameter('', 'YAML of the simulated airframe; empty: the built-in Crazyflie 2.1')
+    battery: float = parameter(1.0, 'charge of the battery at start (fraction)', 0.05, 1.0)
+    real_time_factor: float = parameter(1.0, 'simulated seconds a second', 0.01, 20.0)
+    crazyflie_uri: str = parameter('udp://127.0.0.1:19850', 'where cflib finds the Crazyflie')
+    radio_loss: float = parameter(0.0, 'probability that a radio packet is lost, each way', 0.0, 1.0)
+    radio_latency: float = parameter(0.0, 'delay of a radio packet, each way (s)', 0.0, 2.0)
+    radio_jitter: float = parameter(0.0, 'uniform delay from 0 to this on top, each way (s)', 0.0, 2.0)
+    natnet_address: str = parameter('127.0.0.1', 'interface of the NatNet server')
+    natnet_command_port: int = parameter(1510, 'NatNet command port', 0, 65535)
+    natnet_data_port: int = parameter(1511, 'NatNet data port (multicast)', 0, 65535)
+    natnet_version: str = parameter('4.1', 'NatNet version', choices=tuple(f'{a}.{b}' for a, b in VERSIONS))
+    natnet_multicast: bool = parameter(False, 'stream to the multicast group instead of to each client')
+    natnet_y_up: bool = parameter(False, "stream in Motive's y-up axes")
+    body: str = parameter('', "name of the Crazyflie's rigid body; empty: the robot's name")
+    mocap_rate: float = parameter(100.0, 'camera frames a second', 1.0, 360.0)
+    position_noise: float = parameter(0.0003, 'standard deviation of a measured position, each axis (m)',
+                                      0.0, 1.0)
+    orientation_noise: float = parameter(0.003, 'standard deviation of a measured attitude, each axis (rad)',
+                                         0.0, 1.0)
+    mocap_latency: float = parameter(0.006, 'from exposure to arrival (s)', 0.0, 2.0)
+    mocap_jitter: float = parameter(0.001, 'uniform delay from 0 to this on top (s)', 0.0, 2.0)
+    drop_probability: float = parameter(0.0, 'that a mocap frame is lost', 0.0, 1.0)
+    burst_rate: float = parameter(0.0, 'bursts of lost mocap frames (1/s)', 0.0, 100.0)
+    burst_duration: float = parameter(0.2, 'mean length of such a burst (s)', 0.0, 60.0)
+    occlusion_rate: float = parameter(0.0, 'occlusions, which leave the body untracked (1/s)', 0.0, 100.0)
+    occlusion_duration: float = parameter(0.2, 'mean length of an occlusion (s)', 0.0, 60.0)
+    false_pose_probability: float = parameter(0.0, 'that a mocap frame shows the body somewhere else',
+                                              0.0, 1.0)
+    false_pose_distance: float = parameter(0.3, 'how far away (m)', 0.0, 10.0)
+
+
+def start_pose(text: str, seed: int, reach: float) -> tuple[np.ndarray, float]:
+    """'x y z yaw' or 'random' -> position (3,) m and yaw (rad). SettingsError on anything else."""
+    if text == 'random':
+        rng = np.random.default_rng([seed, 0x57A27])
+        x, y, yaw = rng.uniform([-reach, -reach, -np.pi], [reach, reach, np.pi])
+        return np.array([x, y, 0.0]), float(yaw)
+    try:
+        *position, yaw = (float(word) for word in text.replace(',', ' ').split())
+    except ValueError:
+        position, yaw = [], 0.0
+    if len(position) != 3 or not np.isfinite([*position, yaw]).all() or position[2] < 0.0:
+        raise SettingsError(f"start = {text!r}; expected 'x y z yaw' (m, m, m >= 0, rad) or random")
+    return np.array(position), yaw
+
+
+def udp_address(uri: str) -> tuple[str, int]:
+    """'udp://127.0.0.1:19850' -> ('127.0.0.1', 19850). SettingsError on another link."""
+    match = re.fullmatch(r'udp://([\w.-]+):(\d{1,5})', uri)
+    if not match or int(match[2]) > 65535:
+        raise SettingsError(f'crazyflie_uri = {uri!r}; the simulated Crazyflie is found at udp://HOST:PORT')
+    return match[1], int(match[2])
+
+
+def _airframe(path: str) -> Airframe:
+    if not path:
+        return Airframe()
+    try:
+        return Airframe.load(Path(path))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f'airframe: {error}') from None
+
+
+def make_lab(s: Settings, body: str, clock: float, warn) -> WiredLab:
+    """The lab that `s` asks for, its clock starting at `clock` (s). SettingsError says what cannot be."""
+    position, yaw = start_pose(s.start, s.seed, s.start_range)
+    seeds = [int(n) for n in np.random.SeedSequence(s.seed).generate_state(3)]
+    plant = PlantSettings(battery_charge=s.battery)
+    crazyflie = SimulatedCrazyflie(SimSettings(airframe=_airframe(s.airframe), plant=plant), seeds[0],
+                                   position, yaw)
+    link = LinkDirection(s.radio_loss, s.radio_latency, s.radio_jitter)
+    version = tuple(int(n) for n in s.natnet_version.split('.'))
+    sensor = MocapSensor(MocapSettings(
+        rate=s.mocap_rate, position_noise=s.position_noise, orientation_noise=s.orientation_noise,
+        latency=s.mocap_latency, jitter=s.mocap_jitter, drop_probability=s.drop_probability,
+        burst_rate=s.burst_rate, burst_duration=s.burst_duration, occlusion_rate=s.occlusion_rate,
+        occlusion_duration=s.occlusion_duration, false_pose_probability=s.false_pose_probability,
+        false_pose_distance=s.false_pose_distance), seeds[1])
+    peer = None
+    try:
+        peer = CrtpPeer(crazyflie, udp_address(s.crazyflie_uri), link, link, seeds[2], warn)
+        server = NatNetServer([Body(body, 1)], NatNetSettings(
+            address=s.natnet_address, command_port=s.natnet_command_port, data_port=s.natnet_data_port,
+            multicast=s.natnet_multicast, version=version, y_up=s.natnet_y_up, frame_rate=s.mocap_rate), warn)
+    except (OSError, ValueError) as error:
+        if peer is not None:
+            peer.close()
+        raise SettingsError(error.strerror if isinstance(error, OSError) else str(error)) from None
+    return WiredLab(crazyflie, peer, server, sensor, Pacer(clock, s.real_time_factor), body)
+
+
+class SimNode(Node):
+    """Runs the lab in a timer and publishes the truth and diagnostics."""
+
+    def __init__(self):
+        super().__init__('sim')
+        self.robot = robot_name(self)
+        settings = declare(self, Settings)
+        self.lab = make_lab(settings, settings.body or self.robot, time.monotonic(),
+                            self.get_logger().warning)
+        self.truth = publisher(self, interface.TRUTH, self.robot)
+        self.diagnostics = publisher(self, interface.DIAGNOSTICS, self.robot)
+        self._next_truth = 0.0
+        self._slips = 0
+        self.create_timer(_LOOP, self._advance)
+        self.create_timer(1.0, self._report)
+        p = self.lab.crazyflie.truth().position
+        self.get_logger().info(
+            f'Crazyflie at udp://{self.lab.peer.address[0]}:{self.lab.peer.address[1]}, NatNet '
+            f'{settings.natnet_version} at {self.lab.server.address[0]}:{self.lab.server.address[1]}, '
+            f'start {p[0]:.2f} {p[1]:.2f} {p[2]:.2f}')
+
+    def _advance(self):
+        self.lab.advance(time.monotonic())
+        crazyflie = self.lab.crazyflie
+        if crazyflie.time >= self._next_truth - 1e-9:
+            self._next_truth = max(self._next_truth + _TRUTH, crazyflie.time)
+            state = crazyflie.truth()
+            # The ROS time at which this instant was due, not the time this callback got round to it.
+            stamp = now(self) - (time.monotonic() - self.lab.pacer.clock(crazyflie.time))
+            state = type(state)(stamp, state.position, state.quaternion, state.velocity, state.rates)
+            self.truth.publish(interface.odometry_message(TYPES, state, self.robot))
+
+    def _report(self):
+        lab, pacer = self.lab, self.lab.pacer
+        late = pacer.slips > self._slips
+        self._slips = pacer.slips
+        self.diagnostics.publish(interface.diagnostics_message(
+            TYPES, now(self), f'{self.robot}/sim', interface.WARN if late else interface.OK,
+            'slower than real time' if late else 'in real time', {
+                'time': lab.crazyflie.time, 'lag_ms': 1e3 * pacer.lag, 'slips': pacer.slips,
+                'slipped_s': pacer.slipped, 'mocap_exposed': lab.counts['exposed'],
+                'mocap_delivered': lab.counts['delivered'], 'mocap_untracked': lab.counts['untracked'],
+                'natnet_clients': len(lab.server.clients), 'natnet_malformed': lab.server.counts['malformed'],
+                **{f'radio_{name}': lab.peer.counts[name] for name in (
+                    'received', 'sent', 'malformed', 'unsupported', 'lost_up', 'lost_down')}}))
+
+    def close(self):
+        """Release the ports."""
+        self.lab.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; see deqmpc_ros.node.run for the exit status."""
+    return run(SimNode, argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
