@@ -14,7 +14,7 @@ setup(
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),
     ],
-    install_requires=['numpy', 'rosbags', 'mcap', 'lz4', 'matplotlib', 'tqdm'],
+    install_requires=['numpy', 'pyyaml', 'rosbags>=0.11', 'mcap>=1.6', 'lz4', 'matplotlib', 'tqdm'],
     extras_require={'test': ['pytest']},
     entry_points={
         'console_scripts': [
@@ -24,6 +24,7 @@ setup(
         ],
         'deqmpc.commands': [
             'evaluate = flight_log.evaluate:main',
+            'recover = flight_log.evaluate:recover_main',
         ],
     },
     zip_safe=True,

@@ -1,0 +1,206 @@
+"""A bag as light arrays: what evaluation and report need of a flight, read in one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from deqmpc import interface
+from deqmpc.types import Obstacles
+from flight_log.bag import BagError, bag_info, read_bag
+from flight_log.metrics import SphereTrack
+from flight_log.replay import robot_in
+
+# Stamps that are further than this (s) from the log times come from another clock than the recorder's,
+# as in a replay without restamping; then log times are used throughout.
+CLOCK_DISAGREEMENT = 5.0
+
+
+@dataclass(frozen=True)
+class States:
+    """Odometry or pose samples; velocity and rates are NaN for poses."""
+
+    t: np.ndarray  # (N,) s
+    position: np.ndarray  # (N, 3) m, world
+    quaternion: np.ndarray  # (N, 4) x y z w
+    velocity: np.ndarray  # (N, 3) m/s, world
+    rates: np.ndarray  # (N, 3) rad/s, body
+
+    def between(self, start: float, end: float) -> States:
+        """The samples with start <= t <= end."""
+        keep = (self.t >= start) & (self.t <= end)
+        return States(*(getattr(self, f)[keep] for f in ('t', 'position', 'quaternion', 'velocity', 'rates')))
+
+
+@dataclass(frozen=True)
+class FlightStatus:
+    """One status of the drone's interface."""
+
+    t: float  # s
+    phase: str
+    guard: str
+    reason: str
+    battery_v: float
+    supervisor: int | None  # bits, None when unknown
+
+
+@dataclass(frozen=True)
+class Ticks:
+    """Policy ticks, N of them."""
+
+    t: np.ndarray  # (N,) s, the end of the tick's work
+    number: np.ndarray  # (N,) count since the policy's start
+    solve_ms: np.ndarray  # (N,) NaN where the policy was not called
+    latency_ms: np.ndarray  # (N,) odometry stamp to plan published
+    deadline_misses: np.ndarray  # (N,) counter
+    gate: list[str]
+
+    def between(self, start: float, end: float) -> Ticks:
+        """The ticks with start <= t < end."""
+        keep = (self.t >= start) & (self.t < end)
+        return Ticks(self.t[keep], self.number[keep], self.solve_ms[keep], self.latency_ms[keep],
+                     self.deadline_misses[keep], [g for g, k in zip(self.gate, keep, strict=True) if k])
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Published plans."""
+
+    t: np.ndarray  # (N,) s, when they were recorded
+    path: list[np.ndarray]  # N arrays (T+1, 3) m, world
+
+
+@dataclass(frozen=True)
+class Flight:
+    """Everything of one bag."""
+
+    path: Path
+    robot: str
+    torn: bool
+    metadata: dict[str, str]
+    odom: States
+    pose: States
+    setpoint: States  # velocity as sent; rates and attitude too
+    status: list[FlightStatus]
+    ticks: Ticks
+    plans: Plans
+    spheres: SphereTrack
+    notes: list[str]  # what the reader should know about the data
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return float('nan')
+
+
+def _bits(text: str) -> int | None:
+    try:
+        return int(text, 0)
+    except (TypeError, ValueError):
+        return None
+
+
+class _Gather:
+    """Rows of numbers with their log times."""
+
+    def __init__(self, width: int):
+        self.rows: list[np.ndarray] = []
+        self.log: list[float] = []
+        self.width = width
+
+    def add(self, log: float, *parts) -> None:
+        self.rows.append(np.concatenate([np.atleast_1d(p) for p in parts]))
+        self.log.append(log)
+
+    def array(self, use_log: bool) -> np.ndarray:
+        """(N, width) with the stamp, or the log time, in column 0, in the order of time."""
+        a = np.array(self.rows).reshape(-1, self.width)
+        if use_log:
+            a[:, 0] = self.log
+        return a[np.argsort(a[:, 0], kind='stable')]
+
+
+def _states(a: np.ndarray) -> States:
+    return States(a[:, 0], a[:, 1:4], a[:, 4:8], a[:, 8:11], a[:, 11:14])
+
+
+def load_flight(path: str | Path, robot: str = '') -> Flight:
+    """Read a bag. `robot`: whose topics, needed only when the bag holds several.
+
+    BagError when the bag is unreadable or holds neither pose nor odometry of the robot.
+    """
+    info = bag_info(path)
+    robot = robot or robot_in(path, info.topics)
+    names = {t.resolve(robot): t for t in interface.RECORDED}
+    wanted = [n for n, t in names.items() if info.topics.get(n) == t.type and t is not interface.TRUTH]
+    states = {t: _Gather(14) for t in (interface.ODOM, interface.POSE, interface.SETPOINT)}
+    ticks, plans = _Gather(5), []
+    status: list[tuple[float, FlightStatus]] = []
+    gates: list[str] = []
+    fields: list[tuple[float, Obstacles]] = []
+    broken: dict[str, str] = {}
+    unknown = np.full(6, np.nan)
+    for name, _, log, message in read_bag(path, wanted):
+        topic = names[name]
+        try:
+            if topic is interface.ODOM:
+                s = interface.read_odometry(message)
+                states[topic].add(log, s.stamp, s.position, s.quaternion, s.velocity, s.rates)
+            elif topic is interface.POSE:
+                states[topic].add(log, *interface.read_pose(message), unknown)
+            elif topic is interface.SETPOINT:
+                p = interface.read_plan(message)
+                states[topic].add(log, p.stamp + p.time_from_start[0], p.position[0], p.quaternion[0],
+                                  p.velocity[0], p.rates[0])
+            elif topic is interface.PLAN:
+                plans.append((log, interface.read_plan(message).position))
+            elif topic is interface.OBSTACLES:
+                fields.append((log, interface.read_obstacles(message)))
+            else:
+                for d in interface.read_diagnostics(message):
+                    v = d.values
+                    if d.name == f'{robot}/flight':
+                        status.append((log, FlightStatus(
+                            d.stamp, v.get('phase', ''), v.get('guard', ''), v.get('reason', ''),
+                            _number(v.get('battery_v')), _bits(v.get('supervisor')))))
+                    elif d.name == f'{robot}/policy':
+                        ticks.add(log, d.stamp, *(_number(v.get(k)) for k in (
+                            'tick', 'solve_ms', 'latency_ms', 'deadline_misses')))
+                        gates.append(v.get('gate', ''))
+        except ValueError as error:
+            broken.setdefault(name, str(error))
+    if not states[interface.ODOM].rows and not states[interface.POSE].rows:
+        raise BagError(f'{path}: no pose and no odometry of {robot}; it has {sorted(info.topics)}')
+
+    notes = [f'{name}: messages skipped, the first because: {why}' for name, why in broken.items()]
+    motion = states[interface.ODOM] if states[interface.ODOM].rows else states[interface.POSE]
+    delay = np.median(np.array(motion.log) - np.array([r[0] for r in motion.rows]))
+    use_log = not abs(delay) <= CLOCK_DISAGREEMENT
+    if use_log:
+        notes.append('stamps are not on the clock of the recording: log times are used instead')
+    arrays = {}
+    for topic, gathered in states.items():
+        a = gathered.array(use_log)
+        finite = np.isfinite(a[:, :8]).all(axis=1) & (np.linalg.norm(a[:, 4:8], axis=1) > 1e-6)
+        if not finite.all():
+            notes.append(f'{topic.name}: {int((~finite).sum())} of {len(a)} samples are not finite, left out')
+        arrays[topic] = _states(a[finite])
+    t = ticks.array(use_log)
+    order = np.argsort(ticks.log if use_log else [r[0] for r in ticks.rows], kind='stable')
+    if status and use_log:
+        status = [(log, replace(s, t=log)) for log, s in status]
+    if not arrays[interface.ODOM].t.size:
+        notes.append('no odometry: positions are the mocap poses, and there is no return (it needs velocity)')
+    return Flight(
+        path=Path(path), robot=robot, torn=info.torn, metadata=info.metadata, odom=arrays[interface.ODOM],
+        pose=arrays[interface.POSE], setpoint=arrays[interface.SETPOINT],
+        status=sorted((s for _, s in status), key=lambda s: s.t),
+        ticks=Ticks(t[:, 0], t[:, 1], t[:, 2], t[:, 3], t[:, 4], [gates[i] for i in order]),
+        plans=Plans(np.array([log for log, _ in plans]), [p for _, p in plans]),
+        spheres=SphereTrack.of([f for _, f in fields],
+                               [log if use_log or len(f.radius) == 0 else f.stamp for log, f in fields]),
+        notes=notes)
