@@ -30,7 +30,7 @@ from deqmpc.types import Plan, RigidBodyState
 TICK = 0.02  # s, period of FlightManager.tick
 RESEND = 0.5  # s after which a request without effect is sent again
 CUT_REPEAT = 0.5  # s for which an emergency stop is repeated on every tick
-HANDOVER_REPEATS = 2  # ticks on which a hold or a landing is sent again
+HANDOVER_REPEATS = 2  # ticks on which a hold, a landing or its end is sent again
 MAX_RETRIES = 2  # times a motion without effect is sent again
 ON_GROUND = 0.05  # m above the take-off point below which a landing has landed
 
@@ -48,6 +48,7 @@ class _Motion:
     """A high-level motion on its way."""
 
     kind: str  # takeoff | go_to | hold | land
+    start: np.ndarray  # (3,) m
     target: np.ndarray  # (3,) m
     duration: float  # s
     command: Callable[[], None]  # sends it
@@ -86,6 +87,7 @@ class FlightManager:
         self._last_setpoint: Setpoint | None = None
         self._since: dict[str, float] = {}
         self._watchdog_sent = -np.inf
+        self._off_repeats = 0
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -101,6 +103,7 @@ class FlightManager:
         if failures:
             return Result(False, '; '.join(failures))
         self._arming_since = self._arming_sent = now
+        self._off_repeats = 0
         self.reason = ''
         self.radio.arm(True)
         return Result(True, 'arming; done when phase is armed')
@@ -255,6 +258,9 @@ class FlightManager:
         telemetry = self.radio.telemetry()
         self._watch_arming(telemetry, now)
         self._watch_motion(now)
+        if self._off_repeats > 0:
+            self._off_repeats -= 1
+            self._motors_off()
         setpoint, fault = self._next_setpoint(now)
         self.answer = guard.decide(self._inputs(telemetry, setpoint, fault, now), self.settings)
         self._act(now)
@@ -354,18 +360,23 @@ class FlightManager:
             m.command()
         if m.kind == 'land':
             self._watch_landing(m, now)
+        elif self._deaf(m, now):
+            self._again(m, now)
         elif m.kind == 'takeoff':
             self._watch_takeoff(m, now)
         elif now - m.sent >= m.duration:
             self._watch_move(m, now)
 
+    def _deaf(self, m, now) -> bool:
+        """The command was lost: half the duration is half the way, but the drone has not begun."""
+        way = float(np.linalg.norm(m.target - m.start))
+        return (m.kind in ('takeoff', 'go_to') and m.retries < MAX_RETRIES and now - m.sent >= 0.5 * m.duration
+                and self._pose_age(now) < self.settings.pose_hold and way > self.settings.arrival_distance
+                and float(np.linalg.norm(self._pose[1] - m.start)) < 0.1 * way)
+
     def _watch_takeoff(self, m, now):
         fresh = self._pose_age(now) < self.settings.pose_hold
-        # Half the duration is half the height, so a drone still on the ground has not heard of it.
-        deaf = now - m.sent >= 0.5 * m.duration and fresh and self._height() < ON_GROUND
-        if deaf and m.retries < MAX_RETRIES:
-            self._again(m, now)
-        elif (now - m.sent >= m.duration and fresh
+        if (now - m.sent >= m.duration and fresh
                 and abs(self._pose[1][2] - m.target[2]) <= self.settings.arrival_distance):
             self._motion = None
             self._enter('arrived')
@@ -380,11 +391,8 @@ class FlightManager:
         elif arrived:
             self._motion, self._go_to = None, 'done'
         elif now - m.sent >= m.duration + self.settings.arrival_timeout:
-            if m.retries == 0:
-                self._again(m, now)
-            else:
-                self._motion, self._go_to = None, 'idle'
-                self.reason = f'go_to ended {error:.2f} m from its target'
+            self._motion, self._go_to = None, 'idle'
+            self.reason = f'go_to ended {error:.2f} m from its target'
 
     def _watch_landing(self, m, now):
         supervisor = self.radio.telemetry().supervisor
@@ -401,7 +409,7 @@ class FlightManager:
                     self._landed()
 
     def _begin(self, kind, target, duration, command, now, repeats=0):
-        self._motion = _Motion(kind, target, duration, command, now, now, repeats)
+        self._motion = _Motion(kind, self._pose[1], target, duration, command, now, now, repeats)
         command()
 
     def _again(self, m, now):
@@ -436,8 +444,12 @@ class FlightManager:
         return Result(True, 'disarmed')
 
     def _hold(self, now: float, reason: str = '') -> None:
-        """Leave the plan for a high-level hold at the last setpoint. The stop notice comes first, and
-        both come again on the next ticks: without them the firmware would level out after 0.5 s."""
+        """Leave the plan for a high-level hold at the last setpoint.
+
+        The go_to comes before the stop notice, because the firmware stops the motors while no setpoint
+        and no trajectory is there (planner idle, crtp_commander_high_level.c). Both come again on the
+        next ticks: without them the firmware levels out after 0.5 s and cuts after 2 s.
+        """
         self._enter('disengage')
         if self._last_setpoint is not None:
             target, yaw = self._last_setpoint.position, self._last_setpoint.yaw
@@ -445,8 +457,8 @@ class FlightManager:
             target, yaw = self._pose[1], float(rotation.yaw(self._pose[2]))
         duration = self.settings.hold_duration
         def command():
-            self.radio.notify_stop()
             self.radio.go_to(target, yaw, duration)
+            self.radio.notify_stop()
         self._begin('hold', target, duration, command, now, HANDOVER_REPEATS)
         if reason:
             self.reason, self._guard_held_since = reason, now
@@ -458,9 +470,9 @@ class FlightManager:
         s = self.settings
         duration = max(s.land_duration_min, (self._pose[1][2] - s.land_height) / s.land_speed)
         def command():
+            self.radio.land(s.land_height, duration)
             if streaming:
                 self.radio.notify_stop()
-            self.radio.land(s.land_height, duration)
         target = np.append(self._pose[1][:2], s.land_height)
         self._begin('land', target, duration, command, now, HANDOVER_REPEATS)
         self._go_to = 'idle'
@@ -471,6 +483,10 @@ class FlightManager:
         self._motion = None
         self._enter('landed')
         self._guard_held_since = None
+        self._motors_off()
+        self._off_repeats = HANDOVER_REPEATS
+
+    def _motors_off(self):
         self.radio.stop()
         self.radio.arm(False)
 

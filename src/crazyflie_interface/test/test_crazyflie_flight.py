@@ -13,7 +13,8 @@ def test_a_flight_goes_through_every_phase_and_ends_disarmed():
     assert b.manager.status(b.now)['go_to'] == 'done'
     assert np.linalg.norm(b.position - [0.5, 0.2, 0.8]) < 1e-3
     b.ask('land').until('disarmed')
-    handover = ['notify_stop', 'go_to'] * 3  # sent three times, because one lost packet would be silence
-    assert b.commands() == ['arm', 'takeoff', 'full_state', *handover, 'land', 'stop', 'arm']
+    handover = ['go_to', 'notify_stop'] * 3  # sent three times, because one lost packet would be silence
+    b.step(0.1)
+    assert b.commands() == ['arm', 'takeoff', 'full_state', *handover, 'go_to', 'land', *['stop', 'arm'] * 3]
     assert b.log[-1][1:] == ('arm', (False,))
     assert b.position[2] < 0.05
