@@ -104,7 +104,7 @@ def compose(mode: str, given: dict[str, str] | None = None, table: dict[str, Any
         for f in files:
             ros_arguments += ['--params-file', f]
         for parameter, text in node.get('set', {}).items():
-            value = _resolve(text, values)
+            value = ([_resolve(t, values) for t in text] if isinstance(text, list) else _resolve(text, values))
             if value != '':
                 # Without a node name: `-p node:name` does not reach a node that has a namespace.
                 ros_arguments += ['-p', f'{parameter}:={_as_parameter(value)}']
@@ -114,13 +114,13 @@ def compose(mode: str, given: dict[str, str] | None = None, table: dict[str, Any
 
 
 def argument_values(mode: str, given: dict[str, str], table: dict[str, Any]) -> dict[str, str]:
-    """Every argument of `mode` with its value, `share` included."""
+    """Every argument of `mode` with its value, `share` and `mode` included."""
     known = arguments(mode, table)
     unknown = sorted(set(given) - {a.name for a in known})
     if unknown:
         raise CompositionError(f'mode {mode} has no argument {", ".join(unknown)}; it has: '
                                f'{", ".join(a.name for a in known)}')
-    values = {'share': str(share_dir())}
+    values = {'share': str(share_dir()), 'mode': mode}
     for a in known:
         value = given.get(a.name, _resolve(a.default, values))
         if a.choices and value not in a.choices:
@@ -185,6 +185,8 @@ def _resolve(text, values):
 
 
 def _as_parameter(value):
+    if isinstance(value, list):
+        return '[' + ', '.join(_as_parameter(v) for v in value) + ']'
     # rcl reads a parameter's value as YAML: a text that YAML would read as something else is quoted.
     parsed = yaml.safe_load(value)
     if isinstance(parsed, (bool, int, float)) and not _ambiguous(value):
