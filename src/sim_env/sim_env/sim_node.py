@@ -17,7 +17,7 @@ from rclpy.node import Node
 from deqmpc import interface
 from deqmpc.airframe import Airframe
 from deqmpc_ros.messages import TYPES
-from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run
+from deqmpc_ros.node import FlightWatch, SettingsError, declare, now, parameter, publisher, robot_name, run
 from sim_env.crtp_peer import CrtpPeer, LinkDirection
 from sim_env.mocap_noise import MocapSensor, MocapSettings
 from sim_env.natnet_packets import VERSIONS, Body
@@ -141,6 +141,7 @@ class SimNode(Node):
                             self.get_logger().warning)
         self.truth = publisher(self, interface.TRUTH, self.robot)
         self.diagnostics = publisher(self, interface.DIAGNOSTICS, self.robot)
+        self.watch = FlightWatch(self, self.robot)
         self._next_truth = 0.0
         self._slips = 0
         self.create_timer(_LOOP, self._advance)
@@ -175,6 +176,10 @@ class SimNode(Node):
                 'natnet_clients': len(lab.server.clients), 'natnet_malformed': lab.server.counts['malformed'],
                 **{f'radio_{name}': lab.peer.counts[name] for name in (
                     'received', 'sent', 'malformed', 'unsupported', 'lost_up', 'lost_down')}}))
+
+    def may_stop(self) -> bool:
+        """Not while the drone is being landed: it needs its physics until it stands."""
+        return not self.watch.in_air()
 
     def close(self):
         """Release the ports."""

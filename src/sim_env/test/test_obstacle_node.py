@@ -49,7 +49,7 @@ def test_a_wrong_parameter_is_named(given, said):
 @pytest.mark.parametrize('text, said', [
     ('spheres: 3', 'list `spheres`'), ('balls: []', 'list `spheres`'), ('spheres: [', 'while parsing'),
     ('spheres: [{position: [0, 0, x], radius: 0.1}]', r'spheres\[0\].position'),
-    ('spheres: [{position: [0, 0, 1], radius: 1}, {position: [0, 0, 1], radius: -1}]', r'spheres\[1\].radius'),
+    ('spheres: [{position: [0, 0, 1], radius: 1}, {position: [0, 0, 1], radius: -1}]', r'\[1\].radius'),
     ('spheres: [{position: [0, 0, 1], radius: 0.1, size: 3}]', r'spheres\[0\]')])
 def test_a_wrong_entry_of_a_file_is_named_with_the_file(tmp_path, text, said):
     path = tmp_path / 'field.yaml'
