@@ -22,6 +22,9 @@ setup(
             'obstacle_node = sim_env.obstacle_node:main',
             'stream_node = sim_env.stream_node:main',
         ],
+        'deqmpc.commands': [
+            'compare-flights = sim_env.flight_comparison:main',
+        ],
     },
     zip_safe=True,
 )

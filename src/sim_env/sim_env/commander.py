@@ -40,8 +40,9 @@ def full_state(position, velocity, acceleration, quaternion, rates) -> Setpoint:
     """Full-state setpoint (CRTP generic type 6); Mellinger takes only the yaw of the quaternion."""
     x, y, z, w = quaternion
     yaw = math.atan2(2.0 * (w * z + x * y), 1.0 - 2.0 * (y * y + z * z))
-    return Setpoint(track_position=True, track_height=True, yaw_mode='quaternion', position=_floats(position),
-                    velocity=_floats(velocity), acceleration=_floats(acceleration), rates=_floats(rates), yaw=yaw)
+    return Setpoint(
+        track_position=True, track_height=True, yaw_mode='quaternion', position=_floats(position),
+        velocity=_floats(velocity), acceleration=_floats(acceleration), rates=_floats(rates), yaw=yaw)
 
 
 def position(target, yaw: float) -> Setpoint:

@@ -33,7 +33,7 @@ class ImuSettings:
     gyro_bias: float = 0.001  # rad/s, standard deviation of what is left after the start-up calibration
     accelerometer_noise: float = 0.5  # m/s^2, standard deviation of one 1 kHz sample, propellers turning
     accelerometer_bias: float = 0.05  # m/s^2, standard deviation of a constant offset
-    mounting_tilt: float = 0.003  # rad, standard deviation of the sensor's roll and pitch against the thrust axis
+    mounting_tilt: float = 0.003  # rad, standard deviation of the sensor's tilt against the thrust axis
     gyro_cutoff: float = 80.0  # Hz, firmware's second-order low pass (sensors_bmi088_bmp3xx.c)
     accelerometer_cutoff: float = 30.0  # Hz, the same
 
@@ -80,8 +80,8 @@ class Imu:
         noise = next(self._noise, None)
         if noise is None:
             s = self._settings
-            block = self._rng.standard_normal((self._BLOCK, 6)) * ([s.gyro_noise] * 3 + [s.accelerometer_noise] * 3)
-            self._noise = iter(block.tolist())
+            scale = [s.gyro_noise] * 3 + [s.accelerometer_noise] * 3
+            self._noise = iter((self._rng.standard_normal((self._BLOCK, 6)) * scale).tolist())
             noise = next(self._noise)
         level = 0.1 + 0.9 * vibration
         bg, ba, (roll, pitch) = self._gyro_bias, self._acc_bias, self._tilt
@@ -90,7 +90,8 @@ class Imu:
                      fz(plant.wz + bg[2] + level * noise[2]))
         ax, ay, az = plant.ax_body, plant.ay_body, plant.az_body
         fx, fy, fz = self._acc_filter
-        self.acc = (fx(ax - pitch * az + ba[0] + level * noise[3]), fy(ay + roll * az + ba[1] + level * noise[4]),
+        self.acc = (fx(ax - pitch * az + ba[0] + level * noise[3]),
+                    fy(ay + roll * az + ba[1] + level * noise[4]),
                     fz(az + ba[2] + level * noise[5]))
 
 
@@ -188,14 +189,15 @@ class KalmanEstimator:
                    pz + dt * (az + wy * px - wx * py - GRAVITY * r22)]
         self._turn(wx * dt, wy * dt, wz * dt)
         if not flying:  # on the ground the attitude creeps back to level (attitudeReversion)
-            q = [0.999 * a + 0.001 * b for a, b in zip((self.qx, self.qy, self.qz, self.qw), self._home)]
+            q = (self.qx, self.qy, self.qz, self.qw)
+            q = [0.999 * a + 0.001 * b for a, b in zip(q, self._home, strict=True)]
             n = 1.0 / math.sqrt(sum(v * v for v in q))
             self.qx, self.qy, self.qz, self.qw = (n * v for v in q)
 
     def _update(self, position, quaternion, position_std, attitude_std):
         """Scalar updates with an external position and, where given, attitude; covariance symmetric."""
         self._delta = [0.0] * 9
-        for i, (measured, predicted) in enumerate(zip(position, (self.x, self.y, self.z))):
+        for i, (measured, predicted) in enumerate(zip(position, (self.x, self.y, self.z), strict=True)):
             self._scalar(i, measured - predicted, position_std)
         if quaternion is not None:
             # Body-frame error q^-1 q_measured; 2 v / w for a small one (Trawny and Roumeliotis, eq. 141).
@@ -208,7 +210,7 @@ class KalmanEstimator:
                 self._scalar(6 + i, scale * e, attitude_std)
         d = self._delta
         self.x, self.y, self.z = self.x + d[0], self.y + d[1], self.z + d[2]
-        self._p = [p + e for p, e in zip(self._p, d[3:6])]
+        self._p = [p + e for p, e in zip(self._p, d[3:6], strict=True)]
         self._turn(d[6], d[7], d[8])
 
     def _scalar(self, i, residual, std):
@@ -218,7 +220,7 @@ class KalmanEstimator:
         # The firmware takes each attitude residual from the estimate at the start of the round, and each
         # position residual from the present one; positions are uncoupled enough that both agree.
         error = residual - (self._delta[i] if i < 3 else 0.0)
-        self._delta = [d + k * error for d, k in zip(self._delta, gain.tolist())]
+        self._delta = [d + k * error for d, k in zip(self._delta, gain.tolist(), strict=True)]
         self.P -= np.outer(gain, column)
         diagonal = self.P.reshape(-1)[::10]
         np.clip(diagonal, _P_MIN, _P_MAX, out=diagonal)

@@ -3,7 +3,7 @@
 A flight of the NanoBench data set (Ullah and Baca, 2026; arXiv 2603.09908) is cut to the part in which
 position setpoints were streamed. The simulated Crazyflie starts there from the recorded state, with the
 controller's integrals summed from the recording, gets the recorded setpoints (100 Hz), battery voltage
-and an external pose that is as late as the recorded one, and flies on its own to the end of the part.
+and an external position that is as late as the recorded one, and flies on its own to the end of the part.
 
 What the recordings say about how they were flown:
 - The path lags its setpoint by 0.53-0.60 s in x and y. Mellinger lags by kd/kp = 0.5 s when the velocity
@@ -30,7 +30,6 @@ import numpy as np
 from deqmpc.airframe import Airframe
 from deqmpc.dynamics import rotation
 from deqmpc.types import RigidBodyState
-
 from sim_env.plant import PlantSettings
 from sim_env.simulated_crazyflie import SimSettings, SimulatedCrazyflie
 
@@ -159,7 +158,7 @@ def compare(flight: RecordedFlight, settings: SimSettings = NANOBENCH, setpoints
         poses.append(truth)
         while poses and truth.stamp - poses[0].stamp >= pose_latency - 5e-4:
             late = poses.popleft()
-            crazyflie.receive_extpose(late.position, late.quaternion)
+            crazyflie.receive_extpos(late.position)
         crazyflie.plant.fixed_voltage = float(flight.voltage[part][k])
         if setpoints == 'position':
             crazyflie.set_position(target[k], heading)
@@ -187,8 +186,8 @@ def _start(flight: RecordedFlight, k: int, settings: SimSettings, seed: int) -> 
     plant, controller = crazyflie.plant, crazyflie.controller
     plant.fixed_voltage = float(flight.voltage[k])
     crazyflie.step(500)  # on the ground: checks, arming
-    crazyflie.place(RigidBodyState(crazyflie.time, flight.position[k], flight.quaternion[k], flight.velocity[k],
-                                   np.zeros(3)))
+    crazyflie.place(RigidBodyState(crazyflie.time, flight.position[k], flight.quaternion[k],
+                                   flight.velocity[k], np.zeros(3)))
     plant.f1, plant.f2, plant.f3, plant.f4 = (plant.motor_thrust(flight.pwm[k, i], i) for i in range(4))
     # Integrals as the firmware sums them from take-off on, clamped at every sample.
     gains = controller.gains
@@ -214,11 +213,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument('--json', action='store_true', help='print one JSON object a flight')
     args = parser.parse_args(argv)
     if not args.json:
-        print(f'{"flight":<30} {"s":>6} {"difference":>11} {"per axis x y z":>20} {"tracking":>9} {"simulated":>10}  m RMS')
+        print('RMS in m: simulated against recorded path; each path against its setpoint.')
+        print(f'{"flight":<30} {"s":>6} {"difference":>11} {"per axis x y z":>20} '
+              f'{"recorded":>9} {"simulated":>10}')
     for path in args.files:
         try:
-            result = compare(RecordedFlight.load(path), setpoints=args.setpoints, pose_latency=args.pose_latency,
-                             seed=args.seed)
+            result = compare(RecordedFlight.load(path), setpoints=args.setpoints,
+                             pose_latency=args.pose_latency, seed=args.seed)
         except (OSError, ValueError) as error:
             print(f'compare-flights: {error}', file=sys.stderr)
             return 2

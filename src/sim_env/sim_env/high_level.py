@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 
 from deqmpc.airframe import GRAVITY
-
 from sim_env.commander import NULL, Setpoint
 
 EBUSY = 16  # the supervisor does not allow flight
@@ -69,7 +68,8 @@ class HighLevelCommander:
 
     def tell_state(self, estimate) -> None:
         """Start the next plan from the estimate."""
-        self._last = ((estimate.x, estimate.y, estimate.z), (estimate.vx, estimate.vy, estimate.vz), estimate.yaw)
+        e = estimate
+        self._last = ((e.x, e.y, e.z), (e.vx, e.vy, e.vz), e.yaw)
 
     def takeoff(self, now: float, height: float, duration: float, yaw: float | None) -> int:
         """Climb to `height` (m, absolute) at the present x and y; only from idle."""
@@ -95,7 +95,7 @@ class HighLevelCommander:
             position, velocity, acceleration = goal.position, goal.velocity, goal.acceleration
             heading, turn = goal.yaw, goal.rates[2]
         if relative:
-            target, yaw = [a + b for a, b in zip(target, position)], yaw + heading
+            target, yaw = [a + b for a, b in zip(target, position, strict=True)], yaw + heading
         self._plan(now, duration, (position, velocity, acceleration, heading, turn), target, yaw, FLYING)
         return 0
 
@@ -121,8 +121,9 @@ class HighLevelCommander:
         position, velocity, acceleration, heading, turn = start
         heading = math.remainder(heading, 2.0 * math.pi)
         goal_yaw = heading + math.remainder(yaw - heading, 2.0 * math.pi)  # the short way round
-        self._polynomials = [polynomial(duration, position[i], velocity[i], acceleration[i], float(target[i]), 0.0, 0.0)
-                             for i in range(3)]
+        self._polynomials = [
+            polynomial(duration, position[i], velocity[i], acceleration[i], float(target[i]), 0.0, 0.0)
+            for i in range(3)]
         self._polynomials.append(polynomial(duration, heading, turn, 0.0, goal_yaw, 0.0, 0.0))
         self._begin, self._duration, self.state = now, max(0.0, duration), state
 

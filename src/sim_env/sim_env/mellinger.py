@@ -20,7 +20,6 @@ import math
 from dataclasses import dataclass
 
 from deqmpc.airframe import GRAVITY
-
 from sim_env.commander import Setpoint
 
 DT = 1.0 / 500.0  # s
@@ -75,8 +74,9 @@ class Mellinger:
         `gyro` is (wx, wy, wz) in rad/s, body.
         """
         g = self.gains
-        ex, ey, ez = setpoint.position[0] - state.x, setpoint.position[1] - state.y, setpoint.position[2] - state.z
-        ux, uy, uz = setpoint.velocity[0] - state.vx, setpoint.velocity[1] - state.vy, setpoint.velocity[2] - state.vz
+        (px, py, pz), (vx, vy, vz) = setpoint.position, setpoint.velocity
+        ex, ey, ez = px - state.x, py - state.y, pz - state.z
+        ux, uy, uz = vx - state.vx, vy - state.vy, vz - state.vz
         self.ix = _clamp(self.ix + ex * DT, -g.i_range_xy, g.i_range_xy)
         self.iy = _clamp(self.iy + ey * DT, -g.i_range_xy, g.i_range_xy)
         self.iz = _clamp(self.iz + ez * DT, -g.i_range_z, g.i_range_z)
@@ -109,7 +109,8 @@ class Mellinger:
             dx, dy, dz = _axes_of_thrust(fx, fy, fz, yaw)
 
         erx = (dz[0] * by0 + dz[1] * by1 + dz[2] * by2) - (bz0 * dy[0] + bz1 * dy[1] + bz2 * dy[2])
-        ery = (bx0 * dz[0] + bx1 * dz[1] + bx2 * dz[2]) - (dx[0] * bz0 + dx[1] * bz1 + dx[2] * bz2)  # pitch inverted
+        # Negated: pitch is inverted in the firmware's frame.
+        ery = (bx0 * dz[0] + bx1 * dz[1] + bx2 * dz[2]) - (dx[0] * bz0 + dx[1] * bz1 + dx[2] * bz2)
         erz = (dy[0] * bx0 + dy[1] * bx1 + dy[2] * bx2) - (by0 * dx[0] + by1 * dx[1] + by2 * dx[2])
 
         wx, wy, wz = gyro

@@ -22,7 +22,8 @@ THRUST_MAX = 0.12  # N a motor, firmware's full scale with the 2.1 and 2.1+ prop
 def mix(thrust: float, roll: int, pitch: int, yaw: int) -> tuple[int, int, int, int]:
     """Uncapped motor commands; `roll`, `pitch`, `yaw` are the firmware's 16-bit integers."""
     r, p = int(roll / 2.0), int(pitch / 2.0)
-    return int(thrust - r + p + yaw), int(thrust - r - p - yaw), int(thrust + r - p + yaw), int(thrust + r + p - yaw)
+    return (int(thrust - r + p + yaw), int(thrust - r - p - yaw),
+            int(thrust + r - p + yaw), int(thrust + r + p - yaw))
 
 
 def cap(commands: tuple[int, int, int, int], idle: int = 0) -> tuple[int, int, int, int]:
@@ -38,7 +39,7 @@ def motor_voltage(thrust: float, curve: tuple[float, float, float, float]) -> fl
     q = p ** 3 + (a2 * a1 - 3.0 * a3 * (a0 - thrust)) / (6.0 * a3 * a3)
     r = a1 / (3.0 * a3)
     root = math.sqrt(q * q + (r - p * p) ** 3)
-    return _cbrt(q + root) + _cbrt(q - root) + p
+    return math.cbrt(q + root) + math.cbrt(q - root) + p
 
 
 def compensate(command: int, supply_voltage: float, curve: tuple[float, float, float, float]) -> int:
@@ -47,8 +48,3 @@ def compensate(command: int, supply_voltage: float, curve: tuple[float, float, f
     if supply_voltage < 2.0 or thrust < THRUST_MIN:
         return 0
     return int(PWM_MAX * motor_voltage(thrust, curve) / supply_voltage)
-
-
-def _cbrt(x: float) -> float:
-    """Real cube root (math.cbrt exists from Python 3.11; kept here for its sign at negative x)."""
-    return math.copysign(abs(x) ** (1.0 / 3.0), x)

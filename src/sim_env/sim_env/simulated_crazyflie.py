@@ -18,7 +18,6 @@ import numpy as np
 
 from deqmpc.airframe import GRAVITY, Airframe
 from deqmpc.types import RigidBodyState
-
 from sim_env import commander, power_distribution
 from sim_env.commander import PRIORITY_HIGH_LEVEL, PRIORITY_STREAM, Commander
 from sim_env.estimator import Imu, ImuSettings, KalmanEstimator
@@ -41,7 +40,8 @@ class SimSettings:
     imu: ImuSettings = field(default_factory=ImuSettings)  # sensor noise and biases
     gains: MellingerGains = field(default_factory=MellingerGains)  # start values of the parameters ctrlMel.*
     battery_compensation: bool = True  # thrust held while the voltage falls: the default build for the
-    # Crazyflie 2.1 (Kconfig ENABLE_THRUST_BAT_COMPENSATED, default y); older firmware sends the command as PWM
+    # Crazyflie 2.1 (Kconfig ENABLE_THRUST_BAT_COMPENSATED, default y), and what the recorded flights show;
+    # older firmware sends the command as PWM
     auto_arm: bool = True  # arms by itself, the default build for the Crazyflie 2.1
 
 
@@ -57,7 +57,7 @@ class Parameter:
 class SimulatedCrazyflie:
     """A Crazyflie 2.1 with firmware behaviour in simulated time."""
 
-    def __init__(self, settings: SimSettings = SimSettings(), seed: int = 0,  # noqa: B008 (frozen)
+    def __init__(self, settings: SimSettings = SimSettings(), seed: int = 0,
                  position=(0.0, 0.0, 0.0), yaw: float = 0.0):
         self.settings = settings
         self.time = 0.0  # s since start
@@ -81,7 +81,8 @@ class SimulatedCrazyflie:
         self._vbat = self.plant.voltage  # V, as the power management reports it
         self.parameters = self._declare_parameters()
         self.log_variables = self._declare_log_variables()
-        self.console += ['SYS: ----------------------------', 'SYS: Crazyflie 2.1 (simulated) is up and running!',
+        self.console += ['SYS: ----------------------------',
+                         'SYS: Crazyflie 2.1 (simulated) is up and running!',
                          'ESTKALMAN: using Kalman estimator', 'CONTROLLER: using Mellinger controller']
 
     # --- time -----------------------------------------------------------------------------------
@@ -169,8 +170,8 @@ class SimulatedCrazyflie:
         The legacy packet's pitch is positive nose up and its yaw rate positive clockwise.
         """
         thrust = self.commander.lock_thrust(thrust_u16)
-        self._stream(commander.attitude(roll_deg / _DEGREES, -pitch_deg / _DEGREES, -yaw_rate_deg_s / _DEGREES,
-                                        thrust))
+        self._stream(commander.attitude(roll_deg / _DEGREES, -pitch_deg / _DEGREES,
+                                        -yaw_rate_deg_s / _DEGREES, thrust))
 
     def stop_setpoint(self) -> None:
         """Stop the motors (generic setpoint type 0)."""
@@ -241,7 +242,8 @@ class SimulatedCrazyflie:
         """Bits: 0 canArm, 1 armed, 2 autoArm, 3 canFly, 4 flying, 5 tumbled, 6 locked, 7 crashed,
         8 high-level trajectory active, 9 trajectory finished, 10 high-level disabled."""
         s, h = self.supervisor, self.high_level
-        bits = (s.can_arm, s.armed, s.auto_arm, s.can_fly, s.flying, s.tumbled, s.state == State.LOCKED, s.crashed,
+        bits = (s.can_arm, s.armed, s.auto_arm, s.can_fly, s.flying, s.tumbled,
+                s.state == State.LOCKED, s.crashed,
                 h.state & FLYING == FLYING, h.finished(self.time), h.state == DISABLED)
         return sum(1 << i for i, bit in enumerate(bits) if bit)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from enum import IntEnum
 
 from deqmpc.airframe import GRAVITY
-
 from sim_env import commander
 from sim_env.commander import NULL, Setpoint
 

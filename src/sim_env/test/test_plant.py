@@ -1,0 +1,161 @@
+"""The plant against closed forms and invariants."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from deqmpc.airframe import GRAVITY, Airframe
+from deqmpc.dynamics import rotation
+from sim_env import power_distribution
+from sim_env.plant import MOTOR_21PLUS, MOTOR_LEGACY, Plant, PlantSettings, open_circuit_voltage
+
+FRAME = Airframe()
+NO_DRAG = dataclasses.replace(FRAME, drag=(0.0, 0.0, 0.0))
+OFF = (0, 0, 0, 0)
+
+
+def tossed(frame, rng, height=1000.0):
+    """A plant in the air with a random attitude, velocity and rates."""
+    plant = Plant(frame, PlantSettings(), (0.0, 0.0, height))
+    plant.qx, plant.qy, plant.qz, plant.qw = rotation.normalize(rng.standard_normal(4)).tolist()
+    plant.vx, plant.vy, plant.vz = rng.standard_normal(3).tolist()
+    plant.wx, plant.wy, plant.wz = (10.0 * rng.standard_normal(3)).tolist()
+    return plant
+
+
+def angular_momentum(plant):
+    """World-frame angular momentum (3,)."""
+    body = np.array(plant.airframe.inertia) * (plant.wx, plant.wy, plant.wz)
+    return rotation.rotate(np.array([plant.qx, plant.qy, plant.qz, plant.qw]), body)
+
+
+def hover_pwm(plant):
+    """PWM at which each motor carries a quarter of the weight at the present voltage."""
+    v = power_distribution.motor_voltage(plant.airframe.hover_thrust, plant.settings.motor_curve)
+    return (65535.0 * v / plant.voltage,) * 4
+
+
+def test_free_fall_is_a_parabola_and_conserves_energy():
+    plant = tossed(NO_DRAG, np.random.default_rng(0))
+    start, vz, z = plant.energy(), plant.vz, plant.z
+    for _ in range(1000):
+        plant.step(1e-3, OFF)
+    assert plant.z == pytest.approx(z + vz - 0.5 * GRAVITY, abs=1e-9)
+    # 100 rad/s of tumbling is integrated by the midpoint rule: second order, not exact.
+    assert plant.energy() == pytest.approx(start, rel=1e-7)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_torque_free_rotation_conserves_angular_momentum(seed):
+    plant = tossed(NO_DRAG, np.random.default_rng(seed))
+    before = angular_momentum(plant)
+    for _ in range(1000):
+        plant.step(1e-3, OFF)
+    assert angular_momentum(plant) == pytest.approx(before, abs=2e-4 * np.linalg.norm(before))
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_drag_only_takes_energy_out(seed):
+    plant = tossed(FRAME, np.random.default_rng(seed))
+    energy = plant.energy()
+    for _ in range(300):
+        plant.step(1e-3, OFF)
+        assert plant.energy() < energy
+        energy = plant.energy()
+
+
+def test_hover_thrust_holds_the_body_still():
+    plant = Plant(FRAME, PlantSettings(), (0.0, 0.0, 1.0))
+    plant.fixed_voltage = plant.voltage = 3.8
+    plant.f1 = plant.f2 = plant.f3 = plant.f4 = FRAME.hover_thrust
+    for _ in range(2000):
+        plant.step(1e-3, hover_pwm(plant))
+    assert (plant.x, plant.y, plant.z) == pytest.approx((0.0, 0.0, 1.0), abs=1e-6)
+    assert plant.az_body == pytest.approx(GRAVITY, rel=1e-6)
+
+
+@pytest.mark.parametrize('motors, rates', [
+    ((0, 0, 1, 1), (1, 0, 0)), ((0, 1, 1, 0), (0, 1, 0)), ((0, 1, 0, 1), (0, 0, 1))])
+def test_motors_turn_the_body_about_the_axes_of_the_airframe(motors, rates):
+    plant = Plant(FRAME, PlantSettings(), (0.0, 0.0, 10.0))
+    for _ in range(20):
+        plant.step(1e-3, tuple(20000.0 + 10000.0 * m for m in motors))
+    w = np.array([plant.wx, plant.wy, plant.wz])
+    assert np.sign(np.round(w, 3)).tolist() == list(rates)
+
+
+def test_motor_thrust_follows_a_first_order_lag():
+    plant = Plant(FRAME, PlantSettings(), (0.0, 0.0, 10.0))
+    plant.fixed_voltage = plant.voltage = 3.8
+    for _ in range(50):
+        plant.step(1e-3, hover_pwm(plant))
+    assert plant.f1 == pytest.approx(FRAME.hover_thrust * (1.0 - math.exp(-0.05 / FRAME.motor_time_constant)))
+
+
+@pytest.mark.parametrize('tilt', [0.0, 0.4, -0.7])
+def test_a_dropped_body_comes_to_rest_on_the_floor(tilt):
+    plant = Plant(FRAME, PlantSettings(floor=0.2), (0.0, 0.0, 0.6), yaw=1.0)
+    plant.qx, plant.qy, plant.qz, plant.qw = math.sin(tilt / 2.0), 0.0, 0.0, math.cos(tilt / 2.0)
+    plant.vx = 0.5
+    lowest, highest, landed = plant.z, 0.0, False
+    for _ in range(2000):
+        plant.step(1e-3, OFF)
+        lowest, landed = min(lowest, plant.z), landed or plant.on_ground
+        highest = max(highest, plant.z) if landed else 0.0
+    assert lowest > 0.2 - 0.005
+    assert highest < 0.2 + 0.05 * (1.0 + abs(tilt))  # inelastic: no bounce, a tilted body tips over
+    assert plant.z == pytest.approx(0.2, abs=1e-3)
+    assert math.hypot(plant.vx, plant.vy, plant.vz) < 1e-3 and abs(plant.wx) + abs(plant.wy) < 1e-2
+    assert rotation.tilt(np.array([plant.qx, plant.qy, plant.qz, plant.qw])) < 0.01
+
+
+def test_a_body_on_its_back_stays_there():
+    plant = Plant(FRAME, PlantSettings(), (0.0, 0.0, 0.1))
+    plant.qx, plant.qw = 1.0, 0.0
+    for _ in range(1000):
+        plant.step(1e-3, OFF)
+    assert plant.az_body == pytest.approx(-GRAVITY, rel=1e-3)
+    assert plant.z > 0.0
+
+
+def test_battery_sags_under_load_discharges_and_recovers():
+    plant = Plant(FRAME, PlantSettings(), (0.0, 0.0, 1.0))
+    rest = plant.voltage
+    for _ in range(2000):
+        plant.step(1e-3, hover_pwm(plant))
+    loaded, used = plant.voltage, 1.0 - plant.charge
+    for _ in range(500):
+        plant.step(1e-3, OFF)
+    assert loaded < rest - 0.25
+    assert loaded + 0.25 < plant.voltage < rest
+    assert 5.0 < 2.0 / used / 60.0 < 8.0  # minutes of hover on a full battery; Bitcraze says 7
+
+
+def test_open_circuit_voltage_rises_with_charge():
+    volts = [open_circuit_voltage(c / 50.0) for c in range(51)]
+    assert volts == sorted(volts) and (volts[0], volts[-1]) == (3.0, 4.2)
+
+
+@pytest.mark.parametrize('curve', [MOTOR_21PLUS, MOTOR_LEGACY])
+@pytest.mark.parametrize('thrust', [0.013, 0.04, 0.08, 0.12])
+def test_motor_voltage_inverts_the_thrust_curve(curve, thrust):
+    v = power_distribution.motor_voltage(thrust, curve)
+    assert sum(a * v ** k for k, a in enumerate(curve)) == pytest.approx(thrust, rel=1e-9)
+
+
+def test_compensated_motors_give_the_same_thrust_at_every_voltage():
+    thrusts = []
+    for voltage in (3.3, 3.6, 4.1):
+        plant = Plant(FRAME, PlantSettings())
+        plant.voltage = voltage
+        thrusts.append(plant.motor_thrust(power_distribution.compensate(40000, voltage, MOTOR_21PLUS), 0))
+    assert thrusts == pytest.approx([40000 / 65535 * 0.12] * 3, rel=1e-4)
+
+
+def test_settings_out_of_range_are_named():
+    with pytest.raises(ValueError, match='battery_charge = 1.5'):
+        PlantSettings(battery_charge=1.5)
+    with pytest.raises(ValueError, match='thrust_scale'):
+        PlantSettings(thrust_scale=0.0)
