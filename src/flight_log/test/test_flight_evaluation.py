@@ -77,7 +77,7 @@ def test_tilting_over_falling_to_the_ground_and_tumbling_are_crashes(tmp_path):
         seconds=5.0, path=lambda t: np.array([0, 0, max(1.0 - max(t, 0) / 5, 0.0)])))
     assert e.failure.cause == 'crash' and 'ground' in e.failure.detail
     assert e.failure.t == pytest.approx(4.75, abs=0.02)
-    e = judge(tmp_path / 'c', SyntheticTrial(seconds=5.0, supervisor=lambda t: 0b100000 if t > 3 else 0b11011))
+    e = judge(tmp_path / 'c', SyntheticTrial(seconds=5.0, supervisor=lambda t: 32 if t > 3 else 0b11011))
     assert e.failure.cause == 'crash' and 'tumbled' in e.failure.detail
 
 
@@ -161,7 +161,8 @@ def test_the_commands_print_a_table_json_and_reports_and_say_what_they_cannot_re
     good = write_trial(tmp_path / 'good', SyntheticTrial(seconds=4.0, lead=0.5, metadata={'seed': '4'}))
     bad = write_trial(tmp_path / 'bad', SyntheticTrial(
         seconds=4.0, lead=0.5, obstacles=static_field([[0.5, 0.25, 1.1]])))
-    assert evaluate.main([str(good), str(bad), '--max-steps', '40', '--report', str(tmp_path / 'report')]) == 0
+    report = ['--report', str(tmp_path / 'report')]
+    assert evaluate.main([str(good), str(bad), '--max-steps', '40', *report]) == 0
     out = capsys.readouterr().out
     assert '1 of 2 trials succeeded: 50 % (95 % interval 9 to 91 %)' in out and 'collision' in out
     head, units, rule, *_ = out.splitlines()
