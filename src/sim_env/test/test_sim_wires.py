@@ -1,7 +1,11 @@
 """The simulated lab on its wires: pacing, exposure times, bad parameters, and the real clients."""
 
+import os
+import random
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,9 +13,12 @@ import cflib.crtp
 import natnet as natnet_client
 import numpy as np
 import pytest
+import rclpy
 from cflib.crazyflie import Crazyflie
 
-from deqmpc_ros.node import SettingsError
+from deqmpc import interface
+from deqmpc.dynamics import rotation
+from deqmpc_ros.node import SettingsError, subscription
 from sim_env.pacing import Pacer
 from sim_env.sim_node import Settings, make_lab, start_pose, udp_address
 
@@ -137,3 +144,63 @@ def test_an_occupied_natnet_port_is_named_and_the_radio_port_released():
 def test_a_missing_airframe_file_is_named():
     with pytest.raises(SettingsError, match='/nowhere.yaml'):
         lab(airframe='/nowhere.yaml')
+
+
+class SimProcess:
+    """The sim node in its own process and ROS domain, with ports of the system's choice."""
+
+    def __init__(self, *parameters):
+        self.domain = random.SystemRandom().randrange(100, 190)
+        environment = {**os.environ, 'ROS_DOMAIN_ID': str(self.domain), 'ROS_PYTHON_CHECK_FIELDS': '1',
+                       'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST'}
+        arguments = [w for p in ('crazyflie_uri:=udp://127.0.0.1:0', 'natnet_command_port:=0', *parameters)
+                     for w in ('-p', p)]
+        self.process = subprocess.Popen(
+            [sys.executable, '-m', 'sim_env.sim_node', '--ros-args', '-r', '__ns:=/cf1', *arguments],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.output = self.process.communicate(timeout=WAIT)[0]
+
+
+def test_the_sim_node_publishes_the_truth_and_its_state_and_ends_cleanly_on_sigterm():
+    context, truth, states = rclpy.Context(), [], []
+    with SimProcess('start:="0.4 -0.3 0 1.0"') as sim:
+        rclpy.init(context=context, domain_id=sim.domain)
+        node = rclpy.create_node('watcher', namespace='/cf1', context=context)
+        executor = rclpy.executors.SingleThreadedExecutor(context=context)
+        executor.add_node(node)
+        subscription(node, interface.TRUTH, 'cf1', lambda m: truth.append(interface.read_odometry(m)))
+        subscription(node, interface.DIAGNOSTICS, 'cf1',
+                     lambda m: states.extend(interface.read_diagnostics(m)))
+        end = time.monotonic() + WAIT
+        while len(truth) < 50 or not states:
+            assert time.monotonic() < end, sim.process.poll()
+            executor.spin_once(timeout_sec=0.1)
+        node.destroy_node()
+        rclpy.shutdown(context=context)
+    assert sim.process.returncode == 0, sim.output
+    assert truth[-1].position == pytest.approx([0.4, -0.3, 0.0], abs=0.01)
+    assert rotation.yaw(truth[-1].quaternion) == pytest.approx(1.0, abs=0.05)
+    stamps = np.diff([state.stamp for state in truth])
+    assert stamps.min() > 0.0 and np.median(stamps) == pytest.approx(0.01, abs=1e-3)  # simulated instants
+    assert states[-1].name == 'cf1/sim' and {'lag_ms', 'slips', 'radio_malformed'} <= set(states[-1].values)
+
+
+def test_the_sim_node_names_an_occupied_port_in_one_line_and_exits_with_2():
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(('127.0.0.1', 0))
+        port = taken.getsockname()[1]
+        with SimProcess(f'natnet_command_port:={port}') as sim:
+            assert sim.process.wait(WAIT) == 2
+    assert sim.output.splitlines()[-1].startswith(f'error: NatNet server: cannot open UDP 127.0.0.1:{port}: ')
+
+
+def test_the_sim_node_refuses_an_unknown_parameter():
+    with SimProcess('latency:=0.1') as sim:
+        assert sim.process.wait(WAIT) == 2
+    assert 'unknown parameter latency' in sim.output
