@@ -187,8 +187,8 @@ class TrialConductor:
         """The answer of a service that was called."""
         if service == self._pending:
             self._pending = ''
-        self._refusal = '' if ok else f'{service} refused: {message}'
-        if not ok:
+        before, self._refusal = self._refusal, '' if ok else f'{service} refused: {message}'
+        if self._refusal not in ('', before):  # a refusal that repeats is told once
             self._lines.append(self._refusal)
 
     def abort(self, reason: str, now: float, seen: Seen) -> None:

@@ -40,7 +40,7 @@ class Trial(Node):
         self.state = None
         self.tick: int | None = None
         self.obstacles = None
-        self.services = {name: self.create_client(message_class(kind), name)
+        self.callers = {name: self.create_client(message_class(kind), name)
                          for name, kind in interface.SERVICES.items()}
         self.go_to = ros.publisher(self, interface.GO_TO, self.robot)
         self.subscribers = [ros.subscription(self, topic, self.robot, callback) for topic, callback in (
@@ -103,7 +103,7 @@ class Trial(Node):
             print(f'[trial {now - self.began:6.1f} s] {line}', flush=True)
 
     def _call(self, action: Call) -> None:
-        client = self.services[action.name]
+        client = self.callers[action.name]
         if not client.service_is_ready():
             self.conductor.reply(action.name, False, f'service {client.srv_name} is not there')
             return

@@ -1,10 +1,11 @@
-"""Recorder and replay as real processes on a DDS domain of their own."""
+"""Recorder, replay and trial as real processes on a DDS domain of their own."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,7 +90,42 @@ def test_wrong_parameters_end_a_node_with_status_2_and_one_line(tmp_path, enviro
             ('recorder_node', f'bag_path:={tmp_path / "there"}', 'exists'),
             ('recorder_node', 'metadata:=["seed"]', 'expected "key=value"'),
             ('replay_node', f'bag:={tmp_path / "absent"}', 'no such file'),
-            ('replay_node', 'rate:=0.0', 'rate')):
+            ('replay_node', 'rate:=0.0', 'rate'),
+            ('trial_node', 'start:=left', 'expected "random"')):
         process = start(environment, module, parameter)
         said, _ = process.communicate(timeout=30)
         assert process.returncode == 2 and words in said and 'Traceback' not in said, said
+
+
+@pytest.fixture
+def drone(environment):
+    script = Path(__file__).parent / 'flight_log_fake_flight.py'
+    process = subprocess.Popen([sys.executable, str(script), '--ros-args', '-r', '__ns:=/cf1'],
+                               env=environment, stdout=subprocess.PIPE, text=True)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_the_trial_node_flies_a_trial_through_the_services_and_ends_with_status_0(environment, drone):
+    trial = start(environment, 'trial_node', 'start:=random', 'max_steps:=15', 'seed:=2', 'settle_time:=0.2')
+    said, _ = trial.communicate(timeout=60)
+    assert trial.returncode == 0, said
+    assert 'following the policy for 15 steps' in said and 'trial succeeded' in said
+    assert stop(drone, signal.SIGTERM).split() == ['arm', 'takeoff', 'engage', 'disengage', 'land']
+
+
+def test_a_trial_node_that_is_stopped_in_the_air_asks_the_drone_to_land(environment, drone):
+    trial = start(environment, 'trial_node', 'start:=0.5 0.5 1.0 0.0', 'engage_clearance:=0.0')
+    for line in trial.stdout:
+        if 'flying to the start' in line:
+            break
+    said = stop(trial, signal.SIGINT)
+    assert trial.returncode == 1 and 'calling land' in said
+    assert stop(drone, signal.SIGTERM).split()[-1] == 'land'
+
+
+def test_a_trial_without_a_drone_fails_with_status_1_and_says_what_was_missing(environment):
+    trial = start({**environment, 'ROS_DOMAIN_ID': '72'}, 'trial_node', 'preflight_timeout:=1.0')
+    said, _ = trial.communicate(timeout=30)
+    assert trial.returncode == 1 and 'preflight not done after 1 s: no status, no pose, no plan' in said
