@@ -183,7 +183,6 @@ class SimulatedCrazyflie:
         As in the firmware, `remain_valid_ms` has no effect, and a planner without a trajectory stops the
         motors: a go_to or land sent just before this call keeps the drone in the air.
         """
-        # A trajectory commanded before this call plans from the estimate and survives it.
         self.high_level.tell_state(self.estimator)
         self.commander.relax()
 
