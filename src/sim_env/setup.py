@@ -14,8 +14,8 @@ setup(
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),
     ],
-    install_requires=['numpy'],
-    extras_require={'test': ['pytest']},
+    install_requires=['numpy', 'pyyaml', 'rosbags>=0.11'],
+    extras_require={'test': ['pytest', 'cflib', 'natnet', 'NatNetClient']},
     entry_points={
         'console_scripts': [
             'sim_node = sim_env.sim_node:main',

@@ -97,6 +97,7 @@ class StreamNode(Node):
             self._end = clock + _TAIL
             self.get_logger().info(
                 f'finished: {player.sent} frames, at most {1e3 * player.lateness:.1f} ms late')
+            self._report()
         if self._end is not None and clock >= self._end:
             self.finished = True
 
