@@ -263,7 +263,8 @@ class TrialConductor:
         if seen.phase != 'holding':
             return self._lost(now, seen)
         s = self.settings
-        if not (self._at_start(seen) and seen.speed <= s.settle_speed):
+        # An interface refuses to engage while its own motion is not over.
+        if not (self._at_start(seen) and seen.speed <= s.settle_speed and seen.go_to != 'active'):
             self._arrived = None
         elif self._arrived is None:
             self._arrived = now
