@@ -16,7 +16,6 @@ from mocap_bridge.axes import CONVERSIONS
 from mocap_bridge.odometry import REASONS, OdometryFilter, OdometrySettings
 from mocap_bridge.session import MocapError, MocapFrame, Session
 
-
 UP_AXES = ('auto', *CONVERSIONS)
 
 
@@ -128,7 +127,8 @@ class Bridge:
         values = {
             'server': server.name if server else '', 'body': self.body,
             'natnet': '.'.join(map(str, server.version)) if server else '',
-            'up_axis': self.up_axis, 'server_up_axis': session.up_axis, 'tracked': self.tracked, 'rate_hz': rate,
+            'up_axis': self.up_axis, 'server_up_axis': session.up_axis,
+            'tracked': self.tracked, 'rate_hz': rate,
             'latency_ms': 1e3 * latency, 'latency_max_ms': 1e3 * i.latency_max,
             'mean_error_mm': 1e3 * self.mean_error,
             'accepted': f.accepted, 'invalid': self.invalid, 'absent': self.absent,
@@ -159,7 +159,8 @@ class Bridge:
             return ERROR, f'poses of {self.body!r} are refused'
         faults = []
         if self.up_axis != 'auto' and session.up_axis not in (None, self.up_axis):
-            faults.append(f'up_axis is {self.up_axis} but the server says that it streams {session.up_axis} up')
+            faults.append(f'up_axis is {self.up_axis} but the server says that it streams '
+                          f'{session.up_axis} up')
         if not h.rate_low <= rate <= h.rate_high:
             faults.append(f'rate {rate:.1f} Hz outside {h.rate_low:g} to {h.rate_high:g} Hz')
         if latency > h.latency:

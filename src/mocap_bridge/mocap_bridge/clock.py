@@ -10,8 +10,10 @@ it knows by the largest drift of the two clocks:
 
     lower -= max_drift * dt,    upper += max_drift * dt
 
-The estimate is the middle (error at most half the difference of the least delays there and back), or
-`upper` while no echo was answered (error: the least one-way delay). An observation that leaves the
+The estimate lies below `upper` by half the interval, but by no more than `least_delay`: frames bound o
+from above a hundred times a second, while the lower bound is only as good as the server is quick to read
+its command port, and a slow echo must not pass for a slow frame. While no echo was answered it lies
+below `upper` by `least_delay`. An observation that leaves the
 intersection empty, or moves a one-way estimate by more than `step`, is a suspect; `patience` suspects
 in a row mean that a clock was set, and the map starts again from the newest.
 (The least-delay principle: Moon, Skelly, Towsley, "Estimation and removal of clock skew from network
@@ -31,6 +33,7 @@ class ClockSettings:
     max_drift: float = 2e-4  # s/s; two crystals differ by less than 1e-4, NTP slews by up to 5e-4 for a while
     step: float = 0.005  # s; a change of offset larger than this is a clock that was set, not a delay
     patience: int = 5  # suspects of one kind in a row before the map starts again
+    least_delay: float = 5e-4  # s; no wired network delays its fastest frame by more than twice this
     late: float = 2.0  # s; one-way: all frames later than `step` for so long mean a clock that was set
 
 
@@ -66,7 +69,7 @@ class ClockMap:
         """ROS time minus server time (s); NaN before the first observation."""
         if not self.ready:
             return math.nan
-        return self.upper if math.isinf(self.lower) else 0.5 * (self.lower + self.upper)
+        return self.upper - min(0.5 * (self.upper - self.lower), self.settings.least_delay)
 
     @property
     def uncertainty(self) -> float:

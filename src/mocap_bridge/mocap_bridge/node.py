@@ -49,9 +49,10 @@ class Settings:
     stale: float = parameter(0.25, 's without a pose, above: error', 0.01, 10.0)
 
     max_speed: float = parameter(4.0, 'm/s, faster motion between samples is a jump', 0.1, 100.0)
-    position_margin: float = parameter(0.05, 'm added to it', 0.0, 10.0)
+    max_acceleration: float = parameter(30.0, 'm/s^2, more between samples is a jump', 0.1, 1000.0)
+    position_margin: float = parameter(0.03, 'm added to both: noise, stamp jitter times speed', 0.001, 10.0)
     max_rate: float = parameter(20.0, 'rad/s, faster turning between samples is a jump', 0.1, 200.0)
-    angle_margin: float = parameter(0.35, 'rad added to it', 0.0, 3.2)
+    angle_margin: float = parameter(0.35, 'rad added to it', 0.01, 3.2)
     reaccept: int = parameter(10, 'consistent samples that make a jump the truth', 1, 1000)
     frozen: int = parameter(10, 'identical poses from which on they are refused; 0: never', 0, 1000)
     gap: float = parameter(0.05, 's between poses that count as a gap', 0.001, 10.0)
@@ -157,9 +158,9 @@ class MocapBridge(Node):
         self._client.close()
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Console script."""
-    return run(MocapBridge)
+    return run(MocapBridge, argv)
 
 
 if __name__ == '__main__':

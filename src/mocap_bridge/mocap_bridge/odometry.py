@@ -18,7 +18,8 @@ velocity. A constant acceleration is followed without a lag.
 A sample is refused when it says what cannot be: numbers that are not finite, a quaternion without a
 direction, a time that does not advance, the same pose again and again, a motion beyond the limits
 
-    |p - p_last| > max_speed dt + position_margin   or   angle > max_rate dt + angle_margin.
+    |p - p_last| > max_speed dt + position_margin,    angle > max_rate dt + angle_margin,
+    |p - (p_last + v dt)| > max_acceleration dt^2 / 2 + position_margin    (once v is known).
 
 A place that is refused but consistent with itself for `reaccept` samples is taken as the truth, and the
 filter starts again there.
@@ -42,7 +43,8 @@ class OdometrySettings:
     """What a Crazyflie can do and how well it is seen."""
 
     max_speed: float = 4.0  # m/s; faster motion between samples is a jump
-    position_margin: float = 0.05  # m added to it: noise, and stamp jitter times speed
+    max_acceleration: float = 30.0  # m/s^2; more between samples is a jump
+    position_margin: float = 0.03  # m added to both: noise, and stamp jitter times speed
     max_rate: float = 20.0  # rad/s; faster turning between samples is a jump
     angle_margin: float = 0.35  # rad added to it
     reaccept: int = 10  # samples in a row, consistent with each other, that make a jump the truth
@@ -82,27 +84,37 @@ class FilterStatistics:
 
 
 class _Covariance:
-    """P of the white-jerk model and the gains it gives."""
+    """P of the white-jerk model and the gains it gives. Plain floats: at this size NumPy is the cost."""
 
     def __init__(self, q: float, r: float, huber: float, v: float, a: float):
         self.q, self.r2, self.huber = q, r * r, huber
-        self.P = np.diag([r * r, v * v, a * a])
+        self.pp, self.pv, self.pa = r * r, 0.0, 0.0  # upper triangle of P
+        self.vv, self.va, self.aa = v * v, 0.0, a * a
 
     def predict(self, dt: float) -> None:
-        h = 0.5 * dt * dt
-        F = np.array([[1.0, dt, h], [0.0, 1.0, dt], [0.0, 0.0, 1.0]])
-        q11, q12, q13, q22 = dt ** 5 / 20, dt ** 4 / 8, dt ** 3 / 6, dt ** 3 / 3
-        Q = self.q * np.array([[q11, q12, q13], [q12, q22, h], [q13, h, dt]])
-        self.P = F @ self.P @ F.T + Q
+        """P = F P F^T + Q, row by row."""
+        q, h = self.q, 0.5 * dt * dt
+        pp, pv, pa = (self.pp + dt * self.pv + h * self.pa, self.pv + dt * self.vv + h * self.va,
+                      self.pa + dt * self.va + h * self.aa)  # row p of F P
+        vv, va = self.vv + dt * self.va, self.va + dt * self.aa  # row v of F P
+        self.pp = pp + dt * pv + h * pa + q * dt ** 5 / 20.0
+        self.pv = pv + dt * pa + q * dt ** 4 / 8.0
+        self.pa = pa + q * dt ** 3 / 6.0
+        self.vv = vv + dt * va + q * dt ** 3 / 3.0
+        self.va = va + q * h
+        self.aa += q * dt
 
     def correct(self, e: np.ndarray) -> tuple[float, float, float]:
         """Gains for position, velocity and acceleration given the innovation e (3,)."""
-        p = self.P[0]
-        s = p[0] + self.r2
-        size = math.sqrt((e[0] * e[0] + e[1] * e[1] + e[2] * e[2]) / (3.0 * s))
-        k = p * (min(1.0, self.huber / size) / s if size > 0.0 else 1.0 / s)
-        self.P = self.P - np.outer(k, p)
-        return float(k[0]), float(k[1]), float(k[2])
+        s = self.pp + self.r2
+        size = math.sqrt(float(e @ e) / (3.0 * s))
+        weight = min(1.0, self.huber / size) / s if size > 0.0 else 1.0 / s
+        kp, kv, ka = weight * self.pp, weight * self.pv, weight * self.pa
+        self.vv -= kv * self.pv
+        self.va -= kv * self.pa
+        self.aa -= ka * self.pa
+        self.pp, self.pv, self.pa = self.pp * (1.0 - kp), self.pv * (1.0 - kp), self.pa * (1.0 - kp)
+        return kp, kv, ka
 
 
 @dataclass(frozen=True)
@@ -113,20 +125,21 @@ class _Sample:
 
 
 def _multiply(a, b):
-    x, y, z, w = a
-    p, q, r, s = b
+    x, y, z, w = a.tolist()  # floats: arithmetic on NumPy scalars is several times slower
+    p, q, r, s = b.tolist()
     return np.array([w * p + s * x + y * r - z * q, w * q + s * y + z * p - x * r,
                      w * r + s * z + x * q - y * p, w * s - x * p - y * q - z * r])
 
 
 def _exp(v):
-    angle = math.sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2])
+    x, y, z = v.tolist()
+    angle = math.sqrt(x * x + y * y + z * z)
     k = math.sin(0.5 * angle) / angle if angle > 1e-9 else 0.5
-    return np.array([k * v[0], k * v[1], k * v[2], math.cos(0.5 * angle)])
+    return np.array([k * x, k * y, k * z, math.cos(0.5 * angle)])
 
 
 def _log(q):
-    x, y, z, w = q if q[3] >= 0.0 else -q
+    x, y, z, w = q.tolist() if q[3] >= 0.0 else (-q).tolist()
     sine = math.sqrt(x * x + y * y + z * z)
     k = 2.0 * math.atan2(sine, w) / sine if sine > 1e-9 else 2.0
     return np.array([k * x, k * y, k * z])
@@ -174,13 +187,14 @@ class OdometryFilter:
             if self._repeats(sample, 0.0):
                 return self._start(sample, 0.0)
             return self._refuse('duplicate' if dt == 0.0 else 'out_of_order')
-        self._same = self._same + 1 if (position == last.position).all() and (
-            quaternion == last.quaternion).all() else 0
+        same = position.tolist() == last.position.tolist() and quaternion.tolist() == last.quaternion.tolist()
+        self._same = self._same + 1 if same else 0
         if 0 < self.settings.frozen <= self._same:
             return self._refuse('frozen')
         if dt > self.settings.restart:
             return self._start(sample, dt)
-        if not self._reachable(last, sample) or self._nearer_to_rejected(sample, dt):
+        possible = self._reachable(last, sample) and self._expected(sample, dt)
+        if not possible or self._nearer_to_rejected(sample, dt):
             if self._repeats(sample, dt):
                 return self._start(sample, dt)
             return self._refuse('jump')
@@ -192,6 +206,12 @@ class OdometryFilter:
         s, dt, d = self.settings, b.stamp - a.stamp, b.position - a.position
         return (math.sqrt(d @ d) <= s.max_speed * dt + s.position_margin
                 and _angle(a.quaternion, b.quaternion) <= s.max_rate * dt + s.angle_margin)
+
+    def _expected(self, sample: _Sample, dt: float) -> bool:
+        if self._age < self.settings.settle:
+            return True
+        s, d = self.settings, sample.position - self._p - dt * self._v
+        return math.sqrt(d @ d) <= 0.5 * s.max_acceleration * dt * dt + s.position_margin
 
     def _nearer_to_rejected(self, sample: _Sample, dt: float) -> bool:
         """True while a refused place explains the sample better than the motion before it does: the reach

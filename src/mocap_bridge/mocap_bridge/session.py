@@ -138,7 +138,7 @@ class Session:
         self._last_frame: float | None = None  # monotonic s
         self._last_number: int | None = None
         self._refetch = False
-        self._masked = True
+        self._masked = self._asked = True  # form of the next and of the last request for models
         self._echo: tuple[int, float] | None = None  # token and ROS time of the echo under way
         self._token = 0
 
@@ -174,7 +174,7 @@ class Session:
             return out
         if (self.models is None or self._refetch) and now >= due.models:
             out.append(protocol.models_request(self._masked))
-            self._masked = not self._masked
+            self._asked, self._masked = self._masked, not self._masked
             due.models = now + s.request_pause
         if self._axis_requests < s.up_axis_requests and now >= due.up_axis:
             out.append(protocol.up_axis_request())
@@ -230,7 +230,7 @@ class Session:
     def _models(self, payload):
         models = self._parser.models(payload, self.server.version)
         self.models, self._names = models, {i: name for name, i in models.items()}
-        self._refetch = False
+        self._refetch, self._masked = False, self._asked  # the form that was answered is the first next time
 
     def _echo_response(self, payload, ros):
         token, ticks = protocol.echo_response(payload)

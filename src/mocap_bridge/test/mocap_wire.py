@@ -39,7 +39,8 @@ def frame(number=1, bodies=(), version=(4, 1), exposure=1.0, transmit=None, flag
     out += section(len(bodies), b''.join(bodies))
     out += section(1, struct.pack('<ii', 9, 2) + body(1) + body(2)) if rich else section(0, b'')
     if version >= (4, 1):
-        asset = struct.pack('<ii', 3, 1) + body(4) + struct.pack('<ii4fhf', 1, 7, 1.0, 2.0, 3.0, 0.01, 0, 1e-4)
+        marker = struct.pack('<i4fhf', 7, 1.0, 2.0, 3.0, 0.01, 0, 1e-4)
+        asset = struct.pack('<ii', 3, 1) + body(4) + struct.pack('<i', 1) + marker
         out += section(1, asset) if rich else section(0, b'')
     out += section(markers, labelled)
     out += section(1, plates) if rich else section(0, b'')
@@ -85,10 +86,10 @@ def models(names, version=(4, 1), rich=False):
 class Server:
     """A scripted server on a free loopback port: answer() serves what has come, send() streams a frame."""
 
-    def __init__(self, names=None, version=(4, 1), address='127.0.0.1', clock=lambda: 0.0, **info):
+    def __init__(self, names=None, version=(4, 1), address='127.0.0.1', clock=lambda: 0.0, up=2, **info):
         self.names = {'cf1': 1} if names is None else names
         self.version, self.clock, self.info = version, clock, info
-        self.address, self.port = address, 0
+        self.address, self.port, self.up = address, 0, up
         self.open()
 
     def open(self):
@@ -112,8 +113,10 @@ class Server:
             elif kind == 4 and len(data) == 8:  # as Motive 3.1: no mask, no answer
                 self.socket.sendto(models(self.names, self.version, rich=True), sender)
             elif kind == 12:
-                self.socket.sendto(packet(13, data[4:12] + struct.pack('<Q', round(self.clock() * FREQUENCY))),
-                                   sender)
+                ticks = struct.pack('<Q', round(self.clock() * FREQUENCY))
+                self.socket.sendto(packet(13, data[4:12] + ticks), sender)
+            elif kind == 2:
+                self.socket.sendto(packet(3, struct.pack('<i', self.up)), sender)
 
     def send(self, data):
         if self.client is not None:
