@@ -369,10 +369,12 @@ class FlightManager:
 
     def _deaf(self, m, now) -> bool:
         """The command was lost: half the duration is half the way, but the drone has not begun."""
+        if m.kind not in ('takeoff', 'go_to') or m.retries >= MAX_RETRIES or now - m.sent < 0.5 * m.duration:
+            return False
         way = float(np.linalg.norm(m.target - m.start))
-        return (m.kind in ('takeoff', 'go_to') and m.retries < MAX_RETRIES and now - m.sent >= 0.5 * m.duration
-                and self._pose_age(now) < self.settings.pose_hold and way > self.settings.arrival_distance
-                and float(np.linalg.norm(self._pose[1] - m.start)) < 0.1 * way)
+        moved = float(np.linalg.norm(self._pose[1] - m.start))
+        return (self._pose_age(now) < self.settings.pose_hold and way > self.settings.arrival_distance
+                and moved < 0.1 * way)
 
     def _watch_takeoff(self, m, now):
         fresh = self._pose_age(now) < self.settings.pose_hold

@@ -1,23 +1,11 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Every number an operator may change, with its unit. Each field is one ROS parameter of the node.
-
-`setting` makes the same field metadata as `deqmpc_ros.node.parameter`, so that this file and all it
-serves stay free of ROS.
-"""
+"""Every number an operator may change, with its unit. Each field is one ROS parameter of the node."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
-
-def setting(default: Any, description: str, low: float | None = None, high: float | None = None) -> Any:
-    """A dataclass field with a sentence and an inclusive range."""
-    meta = {'description': description, 'low': low, 'high': high, 'choices': None}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
+from deqmpc_ros.settings import parameter
 
 
 @dataclass(frozen=True)
@@ -25,50 +13,51 @@ class GuardSettings:
     """When the setpoint guard stops following. Times are set against the firmware's own: it levels out
     after 0.5 s without a setpoint and cuts and locks after 2 s."""
 
-    plan_warn: float = setting(
+    plan_warn: float = parameter(
         0.2, 'Age (s) of the last plan at which the status warns; the plan is still followed, to its end'
         ' and then at rest.', 0.02, 0.4)
-    plan_hold: float = setting(
+    plan_hold: float = parameter(
         0.4, 'Age (s) of the last plan at which the drone is put in hold.', 0.05, 0.45)
-    hold_land: float = setting(
+    hold_land: float = parameter(
         2.0, 'Time (s) in a hold that the guard began, after which it lands.', 0.0, 60.0)
-    pose_warn: float = setting(
+    pose_warn: float = parameter(
         0.1, 'Age (s) of the last mocap pose below which a gap is ignored.', 0.02, 0.25)
-    pose_hold: float = setting(
+    pose_hold: float = parameter(
         0.2, 'Age (s) of the last mocap pose at which the drone is put in hold.', 0.05, 0.5)
-    pose_land: float = setting(
+    pose_land: float = parameter(
         0.5, 'Age (s) of the last mocap pose at which the drone lands blind.', 0.1, 2.0)
-    pose_cut: float = setting(
+    pose_cut: float = parameter(
         1.5, 'Age (s) of the last mocap pose at which the motors are cut.', 0.2, 10.0)
-    fence_low: list[float] = setting(
-        [-2.0, -2.0, 0.1], 'Lower corner (m, world) of the fence.')
-    fence_high: list[float] = setting(
-        [2.0, 2.0, 2.2], 'Upper corner (m, world) of the fence.')
-    fence_horizon: float = setting(
+    fence_low: list[float] = parameter(
+        [-2.5, -2.5, 0.1], 'Lower corner (m, world) of the fence.', -32.0, 32.0)
+    fence_high: list[float] = parameter(
+        [2.5, 2.5, 2.5], 'Upper corner (m, world) of the fence.', -32.0, 32.0)
+    fence_horizon: float = parameter(
         0.3, 'Time (s) ahead at which measured velocity may not carry the drone out of the fence; 0 '
         'looks at the present only.', 0.0, 2.0)
-    fence_margin: float = setting(
+    fence_margin: float = parameter(
         0.5, 'Distance (m) outside the fence at which the motors are cut.', 0.0, 10.0)
-    tilt_cut: float = setting(
+    tilt_cut: float = parameter(
         1.4, 'Tilt (rad) that counts as lost control.', 0.3, 3.15)
-    tilt_time: float = setting(
+    tilt_time: float = parameter(
         0.1, 'Time (s) the tilt must last before the motors are cut.', 0.0, 1.0)
-    battery_warn: float = setting(
+    battery_warn: float = parameter(
         3.8, 'Battery voltage (V) at which the status warns and arming is refused.', 3.0, 4.3)
-    battery_land: float = setting(
+    battery_land: float = parameter(
         3.7, 'Battery voltage (V, plus battery_sag in flight) below which the drone lands after '
         'battery_time.', 2.8, 4.3)
-    battery_time: float = setting(
+    battery_time: float = parameter(
         3.0, 'Time (s) the battery must stay below battery_land.', 0.0, 60.0)
-    battery_critical: float = setting(
+    battery_critical: float = parameter(
         3.2, 'Battery voltage (V, measured) below which the drone lands after battery_critical_time; the'
         ' firmware calls this low.', 2.8, 4.3)
-    battery_critical_time: float = setting(
+    battery_critical_time: float = parameter(
         0.5, 'Time (s) the battery must stay below battery_critical.', 0.0, 5.0)
-    battery_sag: float = setting(
-        0.0, "Voltage (V) that the motors' load takes off the battery, added to the measured voltage in "
-        'flight.', 0.0, 1.0)
-    telemetry_land: float = setting(
+    battery_sag: float = parameter(
+        0.4, "Voltage (V) that the motors' load takes off the battery, added to the measured voltage in "
+        'flight. 0.4 V is what recorded Crazyflie 2.1 flights show: 3.60 V in flight, 3.99 V just after.',
+        0.0, 1.0)
+    telemetry_land: float = parameter(
         1.0, "Silence (s) of the drone's telemetry at which it is told to land.", 0.2, 10.0)
 
 
@@ -76,46 +65,46 @@ class GuardSettings:
 class FlightSettings(GuardSettings):
     """How the drone is armed, lifted, moved and landed."""
 
-    look_ahead: float = setting(
+    look_ahead: float = parameter(
         0.0, 'Time (s) by which setpoints are read ahead in the plan. With the full state the firmware '
         'tracks best without (0.032 m RMS against 0.041 m at 0.1 s).', 0.0, 0.5)
-    takeoff_height: float = setting(
+    takeoff_height: float = parameter(
         0.5, 'Height (m, world) of the take-off.', 0.1, 3.0)
-    takeoff_duration: float = setting(
+    takeoff_duration: float = parameter(
         2.0, 'Duration (s) of the take-off.', 0.5, 20.0)
-    land_speed: float = setting(
+    land_speed: float = parameter(
         0.4, 'Mean speed (m/s) of a landing.', 0.05, 2.0)
-    land_duration_min: float = setting(
+    land_duration_min: float = parameter(
         1.0, 'Shortest duration (s) of a landing.', 0.3, 10.0)
-    land_height: float = setting(
+    land_height: float = parameter(
         0.0, 'Height (m, world) that a landing aims at.', -1.0, 1.0)
-    go_to_speed: float = setting(
+    go_to_speed: float = parameter(
         0.4, 'Mean speed (m/s) of a go-to; the peak is 2.2 times that.', 0.05, 2.0)
-    hold_duration: float = setting(
+    hold_duration: float = parameter(
         1.0, 'Duration (s) in which a hold brings the drone to rest.', 0.2, 5.0)
-    arrival_distance: float = setting(
+    arrival_distance: float = parameter(
         0.10, 'Distance (m) within which a motion has arrived.', 0.01, 1.0)
-    arrival_timeout: float = setting(
+    arrival_timeout: float = parameter(
         3.0, 'Time (s) beyond its duration that a motion may take.', 0.5, 20.0)
-    engage_jump: float = setting(
+    engage_jump: float = parameter(
         0.25, 'Distance (m) from the drone to the plan above which engage is refused.', 0.01, 2.0)
-    plan_latency: float = setting(
+    plan_latency: float = parameter(
         0.5, "Age (s) of a plan's stamp on arrival above which it is refused.", 0.05, 5.0)
-    arm_timeout: float = setting(
+    arm_timeout: float = parameter(
         2.0, 'Time (s) in which the drone must confirm arming.', 0.2, 10.0)
-    preflight_time: float = setting(
+    preflight_time: float = parameter(
         1.0, 'Time (s) of gapless mocap that arming asks for.', 0.2, 10.0)
-    preflight_rate_min: float = setting(
+    preflight_rate_min: float = parameter(
         80.0, 'Lowest rate (Hz) of mocap poses for arming.', 1.0, 1000.0)
-    preflight_rate_max: float = setting(
+    preflight_rate_max: float = parameter(
         125.0, 'Highest rate (Hz) of mocap poses for arming; each is one radio packet.', 1.0, 1000.0)
-    preflight_position: float = setting(
+    preflight_position: float = parameter(
         0.05, 'Largest distance (m) of the onboard estimate from mocap.', 0.001, 1.0)
-    preflight_yaw: float = setting(
+    preflight_yaw: float = parameter(
         0.175, 'Largest heading error (rad) of the onboard estimate.', 0.01, 3.15)
-    preflight_variance: float = setting(
+    preflight_variance: float = parameter(
         0.001, 'Largest onboard position variance (m^2).', 1e-6, 10.0)
-    firmware_watchdog: bool = setting(
+    firmware_watchdog: bool = parameter(
         False, "Keep the firmware's 1 s emergency watchdog alive while armed. Once begun it cuts and locks"
         ' the drone when this node ends.')
 
@@ -142,16 +131,21 @@ class FlightSettings(GuardSettings):
 class RadioSettings:
     """The link to one Crazyflie."""
 
-    uri: str = setting(
+    uri: str = parameter(
         'radio://0/80/2M/E7E7E7E7E7', 'radio://<dongle>/<channel>/<rate>/<address>, usb://<number> or udp://<host>:<port>.')
-    connect_timeout: float = setting(
+    connect_timeout: float = parameter(
         10.0, 'Time (s) in which the drone must first answer.', 0.5, 300.0)
-    setup_timeout: float = setting(
+    setup_timeout: float = parameter(
         60.0, 'Time (s) for tables and parameters after the first answer.', 1.0, 600.0)
-    toc_cache: str = setting(
+    toc_cache: str = parameter(
         '~/.cache/deqmpc/cflib', "Folder for the drone's tables of contents, used by radio and USB; empty "
         'for none.')
-    ext_pos_std_dev: float = setting(
+    ext_pos_std_dev: float = parameter(
         0.01, 'locSrv.extPosStdDev (m): trust in mocap positions.', 1e-5, 1.0)
-    ext_quat_std_dev: float = setting(
+    ext_quat_std_dev: float = parameter(
         0.0045, 'locSrv.extQuatStdDev (rad): trust in mocap attitudes.', 1e-5, 1.0)
+
+
+@dataclass(frozen=True)
+class Settings(RadioSettings, FlightSettings):
+    """All parameters of the node `crazyflie_interface`."""

@@ -2,6 +2,7 @@
 """A drone that does what it is told at once, behind the Radio protocol, and a bench that flies it."""
 
 import dataclasses
+import itertools
 from unittest.mock import create_autospec
 
 import numpy as np
@@ -138,7 +139,7 @@ class Bench:
     def commands(self, *but):
         """Names of the commands sent, without poses and repeats."""
         names = [n for _, n, _ in self.log if n not in ('extpose', 'emergency_watchdog', *but)]
-        return [n for n, before in zip(names, [None, *names[:-1]], strict=True) if n != before]
+        return [name for name, _ in itertools.groupby(names)]
 
 
 def changed(settings=None, **values):
