@@ -1,0 +1,115 @@
+"""ROS node `policy`: odometry and obstacles in, a judged plan out at a fixed rate."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rclpy.node import Node
+
+from deqmpc import interface
+from deqmpc.policies.base import load_policy
+from deqmpc_controller.plan_gate import ACCEPTED, GateSettings
+from deqmpc_controller.policy_loop import LoopSettings, PolicyLoop
+from deqmpc_ros.messages import TYPES
+from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run, subscription
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Parameters of the policy node."""
+
+    policy: str = parameter('mpc_only', 'name of the policy')
+    policy_file: str = parameter('', 'YAML file with the settings of the policy; empty for its defaults')
+    goal: list[float] = parameter([0.0, 0.0, 1.0, 0.0], 'goal x, y, z (m, world), yaw (rad)', -100.0, 100.0)
+    rate: float = parameter(10.0, 'ticks a second (Hz)', 1.0, 200.0)
+    max_state_age: float = parameter(0.1, 'odometry older than this gives no plan (s)', 0.005, 2.0)
+    max_obstacle_age: float = parameter(0.5, 'moving obstacles older than this give no plan (s)', 0.01, 10.0)
+    max_residual: float = parameter(0.02, 'largest constraint violation of a plan that is flown', 0.0, 10.0)
+    fence_low: list[float] = parameter([-2.5, -2.5, 0.0], 'lower corner of the fence (m)', -100.0, 100.0)
+    fence_high: list[float] = parameter([2.5, 2.5, 2.5], 'upper corner of the fence (m)', -100.0, 100.0)
+    max_speed: float = parameter(2.0, 'fastest planned speed that is flown (m/s)', 0.1, 10.0)
+    min_clearance: float = parameter(0.0, 'least planned distance to a sphere\'s surface (m)', -1.0, 1.0)
+    threads: int = parameter(1, 'threads of the linear algebra library', 1, 64)
+
+
+def policy_from(settings: Settings, where: str):
+    """The policy the parameters name. SettingsError when it cannot be made."""
+    if len(settings.goal) != 4:
+        raise SettingsError(f'{where}: parameter goal = {settings.goal}; expected x, y, z, yaw')
+    options = {}
+    if settings.policy_file:
+        path = Path(settings.policy_file)
+        try:
+            options = yaml.safe_load(path.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise SettingsError(f'{where}: parameter policy_file = {str(path)!r}: {error}') from error
+        if not isinstance(options, dict):
+            raise SettingsError(f'{where}: {path} holds {type(options).__name__}; expected settings')
+    try:
+        return load_policy(settings.policy, {**options, 'goal': tuple(settings.goal)})
+    except (ValueError, OSError) as error:
+        raise SettingsError(f'{where}: policy {settings.policy!r}: {error}') from error
+
+
+class PolicyNode(Node):
+    """Parameters and messages around a PolicyLoop."""
+
+    def __init__(self):
+        super().__init__('policy')
+        self._robot = robot_name(self)
+        s = declare(self, Settings)
+        where = self.get_fully_qualified_name()
+        for name in ('fence_low', 'fence_high'):
+            if len(getattr(s, name)) != 3:
+                raise SettingsError(f'{where}: parameter {name} = {getattr(s, name)}; expected x, y, z')
+        import torch
+        torch.set_num_threads(s.threads)
+        policy = policy_from(s, where)
+        self._loop = PolicyLoop(
+            policy, LoopSettings(1.0 / s.rate, s.max_state_age, s.max_obstacle_age),
+            GateSettings(max_residual=s.max_residual, fence_low=tuple(s.fence_low),
+                         fence_high=tuple(s.fence_high), max_speed=s.max_speed,
+                         min_clearance=s.min_clearance))
+        self._name = policy.name
+        warm = self._loop.warm_up()
+        self._plan = publisher(self, interface.PLAN, self._robot)
+        self._diagnostics = publisher(self, interface.DIAGNOSTICS, self._robot)
+        subscription(self, interface.ODOM, self._robot,
+                     lambda msg: self._loop.on_odometry(interface.read_odometry(msg)))
+        subscription(self, interface.OBSTACLES, self._robot, self._on_obstacles)
+        self._refusal = ''
+        self.create_timer(1.0 / s.rate, self._tick)
+        self.get_logger().info(f'{self._name}: {1e3 * warm:.1f} ms a plan when warm, '
+                               f'{s.rate:g} Hz, goal {s.goal}')
+
+    def _on_obstacles(self, msg):
+        try:
+            self._loop.on_obstacles(interface.read_obstacles(msg, self._loop.obstacles))
+        except ValueError as error:
+            self.get_logger().error(f'/obstacles ignored: {error}', throttle_duration_sec=1.0)
+
+    def _tick(self):
+        tick = self._loop.tick(now(self))
+        if tick.plan is not None:
+            self._plan.publish(interface.plan_message(TYPES, tick.plan, self._robot))
+        stamp = now(self)
+        latency = stamp - self._loop.state.stamp if self._loop.state is not None else float('nan')
+        level = interface.OK if tick.gate == ACCEPTED else interface.WARN
+        self._diagnostics.publish(interface.diagnostics_message(
+            TYPES, stamp, f'{self._robot}/policy', level, tick.gate, tick.values(self._name, latency),
+            hardware_id=self._robot))
+        if tick.gate != self._refusal and tick.gate != ACCEPTED:
+            self.get_logger().warning(f'no plan: {tick.gate}', throttle_duration_sec=1.0)
+        self._refusal = tick.gate
+
+
+def main() -> int:
+    """Entry point of `policy_node`."""
+    return run(PolicyNode)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
