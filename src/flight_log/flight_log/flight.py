@@ -136,7 +136,8 @@ def load_flight(path: str | Path, robot: str = '') -> Flight:
     info = bag_info(path)
     robot = robot or robot_in(path, info.topics)
     names = {t.resolve(robot): t for t in interface.RECORDED}
-    wanted = [n for n, t in names.items() if info.topics.get(n) == t.type and t is not interface.TRUTH]
+    wanted = [n for n, t in names.items() if info.topics.get(n) == t.type
+              and t not in (interface.TRUTH, interface.GO_TO)]
     states = {t: _Gather(14) for t in (interface.ODOM, interface.POSE, interface.SETPOINT)}
     ticks, plans = _Gather(5), []
     status: list[tuple[float, FlightStatus]] = []
