@@ -144,8 +144,10 @@ class CrazyflieInterface(Node):
         return response
 
     def _report(self, what, result):
-        log = self.get_logger().info if result.success else self.get_logger().warning
-        log(f'{what}: {result.message}' if result.success else f'{what} refused: {result.message}')
+        if result.success:
+            self.get_logger().info(f'{what}: {result.message}')
+        else:  # a call of its own: rclpy allows one severity a line of code
+            self.get_logger().warning(f'{what} refused: {result.message}')
         self._publish_status(now(self))
 
     # --- tick and messages out --------------------------------------------------------------------
