@@ -300,7 +300,7 @@ def test_two_peers_on_two_ports_serve_two_cflibs():
 def test_cflib_connects_over_a_link_that_loses_and_delays_packets():
     def degrade():
         # cflib never repeats its first two requests (link service, protocol version), whatever the driver.
-        until(lambda: peer.counts['sent'] >= 2, 'handshake')
+        until(lambda: peer.counts['received'] >= 3, 'handshake and the request after it')
         peer.up = peer.down = LinkDirection(loss=0.1, latency=0.002, jitter=0.002)
     with (Pump(CrtpPeer(stand_in(), ('127.0.0.1', 0), seed=3)) as peer,
           Link(peer, resend=True, meanwhile=degrade)):
