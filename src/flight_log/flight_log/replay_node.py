@@ -83,6 +83,11 @@ class Replay(Node):
                     f'{output.get_subscription_count()} of {self.settings.subscribers} subscribers of '
                     f'{output.topic_name} after {self.settings.wait_s:g} s; starting all the same')
                 return
+        # A recorder's other subscriptions follow within a moment; a topic that nobody wants never does.
+        deadline = min(deadline, time.monotonic() + 1.0)
+        while any(o.get_subscription_count() == 0 for o in self.outputs.values()) and (
+                time.monotonic() < deadline) and not self.stopping.wait(0.05):
+            continue
 
     def _report(self) -> None:
         self.diagnostics.publish(interface.diagnostics_message(
