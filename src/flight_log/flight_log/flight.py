@@ -13,6 +13,9 @@ from flight_log.bag import BagError, bag_info, read_bag
 from flight_log.metrics import SphereTrack
 from flight_log.replay import robot_in
 
+_READ = (interface.POSE, interface.ODOM, interface.OBSTACLES, interface.PLAN, interface.SETPOINT,
+         interface.STATUS, interface.DIAGNOSTICS)
+
 # Stamps that are further than this (s) from the log times come from another clock than the recorder's,
 # as in a replay without restamping; then log times are used throughout.
 CLOCK_DISAGREEMENT = 5.0
@@ -135,9 +138,8 @@ def load_flight(path: str | Path, robot: str = '') -> Flight:
     """
     info = bag_info(path)
     robot = robot or robot_in(path, info.topics)
-    names = {t.resolve(robot): t for t in interface.RECORDED}
-    wanted = [n for n, t in names.items() if info.topics.get(n) == t.type
-              and t not in (interface.TRUTH, interface.GO_TO)]
+    names = {t.resolve(robot): t for t in _READ}
+    wanted = [n for n, t in names.items() if info.topics.get(n) == t.type]
     states = {t: _Gather(14) for t in (interface.ODOM, interface.POSE, interface.SETPOINT)}
     ticks, plans = _Gather(5), []
     status: list[tuple[float, FlightStatus]] = []

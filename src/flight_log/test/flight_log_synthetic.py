@@ -70,6 +70,8 @@ def write_trial(path, trial: SyntheticTrial, robot: str = 'cf1'):
         start = -3 * trial.lead
         if trial.obstacles is not None and not trial.moving:
             put(interface.OBSTACLES, T0, interface.obstacles_message(TYPES, trial.obstacles(T0)))
+        if not trial.open_loop:
+            put(interface.GO_TO, T0, interface.pose_message(TYPES, T0, trial.path(0.0), LEVEL))
         for i in range(round((trial.seconds + 4 * trial.lead) * 100)):
             t = start + 0.01 * i
             stamp = T0 + 0.01 * i
@@ -79,6 +81,8 @@ def write_trial(path, trial: SyntheticTrial, robot: str = 'cf1'):
             if not any(a <= t < b for a, b in trial.pose_gaps):
                 put(interface.POSE, stamp, interface.pose_message(TYPES, stamp, position, state.quaternion))
                 put(interface.ODOM, stamp, interface.odometry_message(TYPES, state, robot))
+            if i % 50 == 0:
+                put(interface.TRUTH, stamp, interface.odometry_message(TYPES, state, robot))
             if i % 10 == 0:
                 if trial.obstacles is not None and trial.moving:
                     spheres = interface.obstacles_message(TYPES, trial.obstacles(stamp))
