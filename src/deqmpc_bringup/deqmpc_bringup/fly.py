@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
@@ -35,8 +36,9 @@ def new_run_dir(mode: str, root: Path = Path('runs')) -> Path:
 
 
 def fly(mode: str, given: dict[str, str], time_limit: float | None = None,
-        quiet: bool = False) -> tuple[int, Path]:
-    """Run `mode` with arguments `given`; returns the exit status and the run's folder.
+        write: TextIO = sys.stdout) -> tuple[int, Path]:
+    """Run `mode` with arguments `given`; returns the exit status and the run's folder. The nodes' lines
+    go to `write`.
 
     SIGINT, SIGTERM and SIGHUP end the flight: nodes that hold the drone land it first. The folder gets
     arguments.json (all values, and which were given) and log/<node>.log.
@@ -49,8 +51,8 @@ def fly(mode: str, given: dict[str, str], time_limit: float | None = None,
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / 'arguments.json').write_text(json.dumps(
         {'mode': mode, 'given': given, 'values': argument_values(mode, given, table)}, indent=2) + '\n')
-    options = {'write': lambda line: None} if quiet else {}
-    runner = Runner(rows, run_dir / 'log', environment(dict(os.environ)), **options)
+    runner = Runner(rows, run_dir / 'log', environment(dict(os.environ)),
+                    write=lambda line: print(line, file=write, flush=True))
     previous = {n: signal.signal(n, runner.stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         status = runner.run(time_limit)

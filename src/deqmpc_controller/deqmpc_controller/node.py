@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from rclpy.node import Node
 
@@ -54,6 +55,17 @@ def policy_from(settings: Settings, where: str):
         raise SettingsError(f'{where}: policy {settings.policy!r}: {error}') from error
 
 
+def policy_loop(s: Settings, where: str) -> PolicyLoop:
+    """The policy with its gate that the parameters ask for. SettingsError when it cannot be made."""
+    for name in ('fence_low', 'fence_high'):
+        if len(getattr(s, name)) != 3:
+            raise SettingsError(f'{where}: parameter {name} = {getattr(s, name)}; expected x, y, z')
+    return PolicyLoop(
+        policy_from(s, where), LoopSettings(1.0 / s.rate, s.max_state_age, s.max_obstacle_age),
+        GateSettings(max_residual=s.max_residual, fence_low=tuple(s.fence_low),
+                     fence_high=tuple(s.fence_high), max_speed=s.max_speed, min_clearance=s.min_clearance))
+
+
 class PolicyNode(Node):
     """Parameters and messages around a PolicyLoop."""
 
@@ -61,19 +73,9 @@ class PolicyNode(Node):
         super().__init__('policy')
         self._robot = robot_name(self)
         s = declare(self, Settings)
-        where = self.get_fully_qualified_name()
-        for name in ('fence_low', 'fence_high'):
-            if len(getattr(s, name)) != 3:
-                raise SettingsError(f'{where}: parameter {name} = {getattr(s, name)}; expected x, y, z')
-        import torch
         torch.set_num_threads(s.threads)
-        policy = policy_from(s, where)
-        self._loop = PolicyLoop(
-            policy, LoopSettings(1.0 / s.rate, s.max_state_age, s.max_obstacle_age),
-            GateSettings(max_residual=s.max_residual, fence_low=tuple(s.fence_low),
-                         fence_high=tuple(s.fence_high), max_speed=s.max_speed,
-                         min_clearance=s.min_clearance))
-        self._name = policy.name
+        self._loop = policy_loop(s, self.get_fully_qualified_name())
+        self._name = self._loop.policy.name
         warm = self._loop.warm_up()
         self._plan = publisher(self, interface.PLAN, self._robot)
         self._diagnostics = publisher(self, interface.DIAGNOSTICS, self._robot)

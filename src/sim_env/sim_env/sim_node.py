@@ -102,24 +102,37 @@ def _airframe(path: str) -> Airframe:
         raise SettingsError(f'airframe: {error}') from None
 
 
-def make_lab(s: Settings, body: str, clock: float, warn) -> WiredLab:
-    """The lab that `s` asks for, its clock starting at `clock` (s). SettingsError says what cannot be."""
+def _seeds(seed: int) -> list[int]:
+    """Seeds of the Crazyflie, the cameras and the radio."""
+    return [int(n) for n in np.random.SeedSequence(seed).generate_state(3)]
+
+
+def make_crazyflie(s: Settings) -> SimulatedCrazyflie:
+    """The drone that `s` asks for, at its start pose."""
     position, yaw = start_pose(s.start, s.seed, s.start_range)
-    seeds = [int(n) for n in np.random.SeedSequence(s.seed).generate_state(3)]
     plant = PlantSettings(battery_charge=s.battery)
-    crazyflie = SimulatedCrazyflie(SimSettings(airframe=_airframe(s.airframe), plant=plant), seeds[0],
-                                   position, yaw)
-    link = LinkDirection(s.radio_loss, s.radio_latency, s.radio_jitter)
-    version = tuple(int(n) for n in s.natnet_version.split('.'))
-    sensor = MocapSensor(MocapSettings(
+    return SimulatedCrazyflie(SimSettings(airframe=_airframe(s.airframe), plant=plant), _seeds(s.seed)[0],
+                              position, yaw)
+
+
+def make_sensor(s: Settings) -> MocapSensor:
+    """The cameras that `s` asks for."""
+    return MocapSensor(MocapSettings(
         rate=s.mocap_rate, position_noise=s.position_noise, orientation_noise=s.orientation_noise,
         latency=s.mocap_latency, jitter=s.mocap_jitter, drop_probability=s.drop_probability,
         burst_rate=s.burst_rate, burst_duration=s.burst_duration, occlusion_rate=s.occlusion_rate,
         occlusion_duration=s.occlusion_duration, false_pose_probability=s.false_pose_probability,
-        false_pose_distance=s.false_pose_distance), seeds[1])
+        false_pose_distance=s.false_pose_distance), _seeds(s.seed)[1])
+
+
+def make_lab(s: Settings, body: str, clock: float, warn) -> WiredLab:
+    """The lab that `s` asks for, its clock starting at `clock` (s). SettingsError says what cannot be."""
+    crazyflie, sensor = make_crazyflie(s), make_sensor(s)
+    link = LinkDirection(s.radio_loss, s.radio_latency, s.radio_jitter)
+    version = tuple(int(n) for n in s.natnet_version.split('.'))
     peer = None
     try:
-        peer = CrtpPeer(crazyflie, udp_address(s.crazyflie_uri), link, link, seeds[2], warn)
+        peer = CrtpPeer(crazyflie, udp_address(s.crazyflie_uri), link, link, _seeds(s.seed)[2], warn)
         server = NatNetServer([Body(body, 1)], NatNetSettings(
             address=s.natnet_address, command_port=s.natnet_command_port, data_port=s.natnet_data_port,
             multicast=s.natnet_multicast, version=version, y_up=s.natnet_y_up, frame_rate=s.mocap_rate), warn)
