@@ -43,8 +43,9 @@ FIRST_ANSWER = 1.0  # s in which a drone that is there answers the first two req
 RETRY_PAUSE = 0.2  # s between two attempts
 PARAMETER_TIMEOUT = 2.0  # s for one parameter to be written and read back
 SILENCE = 5.0  # s without telemetry after which the link counts as lost
-DEADMAN = 0.4  # s after the last setpoint; the firmware levels out at 0.5 s
-DEADMAN_HOLD = 1.0  # s in which the dead-man's hold brings the drone to rest
+DEADMAN_STREAM = 0.4  # s after the last setpoint; the firmware levels out at 0.5 s
+DEADMAN_AIR = 1.5  # s after the flight's last look at the telemetry, while it flies without setpoints
+DEADMAN_SPEED = 0.4  # m/s of the landing that follows
 LOG_PERIOD = 100  # ms
 
 # Log blocks: at most 26 bytes each. supervisor.info is 2 bytes, the others are 4.
@@ -174,7 +175,9 @@ class CflibRadio:
         self._cf: Crazyflie | None = None
         self._closing = threading.Event()
         self._sender: threading.Thread | None = None
-        self._streaming: tuple[float, Setpoint] | None = None  # last setpoint given, until a stop notice
+        self._setpoint_given: float | None = None  # when the last setpoint came, until a stop notice
+        self._airborne = False  # the flight has told the drone to fly, and not yet to land
+        self._flight_heard = math.inf  # when the flight last asked for telemetry
 
     # --- connection -------------------------------------------------------------------------------
 
@@ -247,10 +250,10 @@ class CflibRadio:
             block.start()
 
     def close(self) -> None:
-        """Send what is queued (for at most 0.5 s), then close the link. A drone that still follows
-        setpoints first gets its stop notice."""
-        if self._sender is not None and self._streaming is not None:
-            self._hold_and_notify(self._streaming[1])
+        """Send what is queued (for at most 0.5 s), then close the link. A drone that still flies is told
+        to land, which it then does by itself."""
+        if self._airborne:
+            self._land_and_notify()
         end = time.monotonic() + 0.5
         while self._sender is not None and self._sender.is_alive() and time.monotonic() < end:
             with self._lock:
@@ -319,7 +322,9 @@ class CflibRadio:
     # --- telemetry (cflib's threads) --------------------------------------------------------------
 
     def telemetry(self) -> Telemetry:
-        """The newest; `lost` also after 5 s of silence."""
+        """The newest; `lost` also after 5 s of silence. Asking shows the radio thread that the flight's
+        thread lives."""
+        self._flight_heard = self._clock()
         with self._lock:
             t = self._telemetry
         if t.link == 'up' and t.stamp is not None and self._clock() - t.stamp > SILENCE:
@@ -355,26 +360,29 @@ class CflibRadio:
         p, v, a, w = (int16_milli_to_cflib_si(si_to_int16_milli(x)) for x in (
             setpoint.position, setpoint.velocity, setpoint.acceleration, setpoint.rates))
         q = [float(x) for x in setpoint.quaternion]
-        self._streaming = (self._clock(), setpoint)
+        self._setpoint_given, self._airborne = self._clock(), True
         self._put('setpoint', lambda: self._cf.commander.send_full_state_setpoint(p, v, a, q, *w))
 
     def notify_stop(self) -> None:
         """See Radio."""
-        self._streaming = None
+        self._setpoint_given = None
         self._put('command', lambda: self._cf.commander.send_notify_setpoint_stop())
 
     def takeoff(self, height, duration) -> None:
         """See Radio."""
+        self._airborne = True
         self._put('command', lambda: self._cf.high_level_commander.takeoff(
             float(height), float(duration), yaw=None))
 
     def land(self, height, duration) -> None:
         """See Radio."""
+        self._airborne = False
         self._put('command', lambda: self._cf.high_level_commander.land(
             float(height), float(duration), yaw=None))
 
     def go_to(self, position, yaw, duration) -> None:
         """See Radio."""
+        self._airborne = True
         x, y, z = (float(c) for c in position)
         self._put('command', lambda: self._cf.high_level_commander.go_to(
             x, y, z, float(yaw), float(duration)))
@@ -391,7 +399,7 @@ class CflibRadio:
 
     def emergency_stop(self) -> None:
         """See Radio. Overtakes everything that waits."""
-        self._streaming = None
+        self._setpoint_given, self._airborne = None, False
         with self._lock:
             self._outbox.clear()
         self._put('command', lambda: self._cf.supervisor.send_emergency_stop())
@@ -427,15 +435,18 @@ class CflibRadio:
             self._update(fault=f'cannot send a {kind}: {error!r}')
 
     def _deadman(self):
-        """The flight's thread has fallen silent in mid-stream: hold where it last wanted to be."""
-        streaming = self._streaming
-        if streaming is not None and self._clock() - streaming[0] > DEADMAN:
-            self._update(fault=f'no setpoint for {DEADMAN} s, the radio thread put the drone in hold')
-            self._hold_and_notify(streaming[1])
+        """The flight's thread has fallen silent in the air: land for it."""
+        now = self._clock()
+        streaming = self._setpoint_given is not None and now - self._setpoint_given > DEADMAN_STREAM
+        if streaming or (self._airborne and now - self._flight_heard > DEADMAN_AIR):
+            self._update(fault='the flight fell silent, the radio thread lands the drone')
+            self._land_and_notify()
 
-    def _hold_and_notify(self, setpoint):
+    def _land_and_notify(self):
+        estimate = self._telemetry.position
+        duration = max(1.0, (1.0 if estimate is None else float(estimate[2])) / DEADMAN_SPEED)
         for _ in range(2):
-            self.go_to(setpoint.position, setpoint.yaw, DEADMAN_HOLD)
+            self.land(0.0, duration)
             self.notify_stop()
 
 

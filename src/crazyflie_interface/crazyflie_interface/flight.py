@@ -32,6 +32,7 @@ RESEND = 0.5  # s after which a request without effect is sent again
 CUT_REPEAT = 0.5  # s for which an emergency stop is repeated on every tick
 HANDOVER_REPEATS = 2  # ticks on which a hold, a landing or its end is sent again
 MAX_RETRIES = 2  # times a motion without effect is sent again
+ESTIMATOR_SETTLES = 2.0  # s after a reset of the onboard estimator before it is reset again
 ON_GROUND = 0.05  # m above the take-off point below which a landing has landed
 
 
@@ -74,7 +75,7 @@ class FlightManager:
         self._motion: _Motion | None = None
         self._guard_held_since: float | None = None
         self._cut_since = -np.inf
-        self._ending = False
+        self.ending = False
         self._ground = 0.0  # m, height of the pose at take-off
         self._plan: Plan | None = None
         self._plan_received = -np.inf
@@ -88,6 +89,7 @@ class FlightManager:
         self._since: dict[str, float] = {}
         self._watchdog_sent = -np.inf
         self._off_repeats = 0
+        self._estimator_reset = -np.inf
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -185,7 +187,7 @@ class FlightManager:
     def shutdown(self, now: float) -> None:
         """The process ends: refuse requests from here on, land if flying, disarm if armed. The caller
         goes on ticking (and feeding poses) until `grounded`."""
-        self._ending = True
+        self.ending = True
         if self.phase in ('taking_off', 'holding', 'following'):
             self._guard_held_since = None
             self._land(now, 'the interface is shutting down')
@@ -426,7 +428,7 @@ class FlightManager:
     # --- changes of phase -------------------------------------------------------------------------
 
     def _refusal(self, event: str) -> str:
-        return 'the interface is shutting down' if self._ending else phases.refusal(self.phase, event)
+        return 'the interface is shutting down' if self.ending else phases.refusal(self.phase, event)
 
     def _enter(self, event: str) -> None:
         self.phase = phases.after(self.phase, event)
@@ -535,7 +537,7 @@ class FlightManager:
         if telemetry.link != 'up':
             return [f'radio link is {telemetry.link}{": " + telemetry.fault if telemetry.fault else ""}']
         return [*self._pose_failures(now), *self._drone_failures(telemetry, now),
-                *self._estimate_failures(telemetry)]
+                *self._estimate_failures(telemetry, now)]
 
     def _pose_failures(self, now):
         s = self.settings
@@ -586,7 +588,7 @@ class FlightManager:
             failures.append(f'supervisor reports neither canArm nor canFly (0x{bits:03x})')
         return failures
 
-    def _estimate_failures(self, telemetry):
+    def _estimate_failures(self, telemetry, now):
         s = self.settings
         if self._pose is None:
             return []
@@ -604,8 +606,10 @@ class FlightManager:
             failures.append(f'onboard position variance is {np.max(telemetry.variance):.2g} m^2 '
                             f'(limit {s.preflight_variance} m^2)')
         if failures and self.phase == 'disarmed':
-            self.radio.reset_estimator()
-            failures.append('the onboard estimator was reset, try again')
+            if now - self._estimator_reset >= ESTIMATOR_SETTLES:
+                self._estimator_reset = now
+                self.radio.reset_estimator()
+            failures.append(f'the onboard estimator was reset, try again in {ESTIMATOR_SETTLES:g} s')
         return failures
 
     # --- status -----------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ class CrazyflieInterface(Node):
         error = self._connect_error
         if not error and telemetry.link == 'lost' and self.manager.grounded:
             error = f'radio link lost: {telemetry.fault}'
-        if error and not self.finished:
+        if error and not self.finished and not self.manager.ending:
             self.finished, self.exit_status = True, 1
             print(f'error: {self.get_fully_qualified_name()}: {error}', file=sys.stderr, flush=True)
 

@@ -176,31 +176,61 @@ def test_an_emergency_stop_overtakes_all_that_waits(linked):
     assert [name for name, _, _ in cf.mock_calls] == ['supervisor.send_emergency_stop']
 
 
-def test_a_flight_thread_that_falls_silent_in_mid_stream_is_put_in_hold(linked):
+def test_a_flight_that_falls_silent_in_mid_stream_is_landed_before_the_firmware_levels_out(linked):
     r, cf, clock, flush = linked
+    r._update(position=np.array([0.0, 0.0, 1.0]))
     r.full_state(HERE)
     flush()
     clock.now += 0.39
     r._deadman()
-    assert r.telemetry().fault == ''
+    assert r._telemetry.fault == ''
     clock.now += 0.02
     r._deadman()
     flush()
-    assert 'hold' in r.telemetry().fault
+    assert 'radio thread lands' in r.telemetry().fault
     names = [name for name, _, _ in cf.mock_calls][1:]
-    assert names == ['high_level_commander.go_to', 'commander.send_notify_setpoint_stop'] * 2
+    assert names == ['high_level_commander.land', 'commander.send_notify_setpoint_stop'] * 2
+    assert cf.high_level_commander.land.call_args.args == (0.0, 2.5)
     clock.now += 5.0
-    r._update(stamp=clock.now)
     r._deadman()
     assert len(r._outbox) == 0
+
+
+def test_a_flight_that_falls_silent_in_a_high_level_hold_is_landed_and_one_on_the_ground_is_left(linked):
+    r, cf, clock, flush = linked
+    r.telemetry()
+    clock.now += 10.0
+    r._deadman()
+    assert len(r._outbox) == 0
+    r.takeoff(0.5, 2.0)
+    r.telemetry()
+    clock.now += 1.4
+    r._deadman()
+    flush()
+    assert not cf.high_level_commander.land.called
+    clock.now += 0.2
+    r._deadman()
+    flush()
+    assert cf.high_level_commander.land.called
+
+
+def test_closing_in_the_air_lands(linked):
+    r, cf, _, flush = linked
+    r.go_to(np.ones(3), 0.0, 1.0)
+    r._sender = None
+    r._land_and_notify = lambda: (type(r)._land_and_notify(r), flush())
+    r.close()
+    assert cf.high_level_commander.land.called and cf.close_link.called
 
 
 def test_after_a_stop_notice_silence_is_allowed(linked):
     r, _, clock, flush = linked
     r.full_state(HERE)
+    r.go_to(np.ones(3), 0.0, 1.0)
     r.notify_stop()
     flush()
     clock.now += 3.0
+    r.telemetry()
     r._deadman()
     assert len(r._outbox) == 0 and r.telemetry().fault == ''
 
