@@ -42,7 +42,7 @@ STYLE = {'font.size': 9, 'axes.edgecolor': MUTED, 'axes.labelcolor': INK, 'text.
          'grid.color': GRID, 'grid.linewidth': 0.8, 'axes.titlesize': 9.5, 'axes.titleweight': 'bold',
          'axes.titlelocation': 'left', 'legend.frameon': False, 'legend.fontsize': 8}
 ELEVATION, AZIMUTH = 24.0, -58.0  # degrees, of the eye
-MAX_PLANS = 14  # horizons drawn
+MAX_PLANS = 6  # horizons drawn
 MAX_SPAN = 300.0  # s of a long recording drawn around the trial
 
 
@@ -116,10 +116,8 @@ def _scene(ax, flight: Flight, e: Evaluation, start: float, end: float) -> None:
         if len(other.t) > 1 and flight.status:
             ax.plot(*other.position.T, color=MUTED, lw=0.8, ls=(0, (2, 2)), alpha=0.6,
                     label='take-off, way to the start, landing' if name == 'before' else None)
-    planned = np.flatnonzero((flight.plans.t >= start) & (flight.plans.t < end))
-    for n, i in enumerate(planned[np.linspace(0, len(planned) - 1, min(MAX_PLANS, len(planned))).astype(int)]
-                          if len(planned) else ()):
-        ax.plot(*flight.plans.path[i].T, color=PLANNED, lw=1.3, marker='o', ms=1.8, alpha=0.9, zorder=5,
+    for n, i in enumerate(_some_plans(flight, flown)):
+        ax.plot(*flight.plans.path[i].T, color=PLANNED, lw=1.2, marker='o', ms=3.4, alpha=0.95, zorder=5,
                 label='planned horizons' if n == 0 else None)
     if len(flown.t) > 1:
         speed = np.linalg.norm(flown.velocity, axis=1)
@@ -148,6 +146,18 @@ def _scene(ax, flight: Flight, e: Evaluation, start: float, end: float) -> None:
                    label=e.failure.cause.replace('_', ' '), depthshade=False)
     _box(ax, np.vstack([flown.position, goal[None], centre[np.isfinite(centre).all(axis=1)].reshape(-1, 3)]))
     ax.figure.legend(*ax.get_legend_handles_labels(), loc='lower left', bbox_to_anchor=(0.02, 0.02), ncol=2)
+
+
+def _some_plans(flight: Flight, flown) -> np.ndarray:
+    """Indices of plans made at equal distances along the flown path."""
+    if len(flown.t) < 2:
+        return np.zeros(0, dtype=int)
+    made = np.flatnonzero((flight.plans.t >= flown.t[0]) & (flight.plans.t <= flown.t[-1]))
+    if not len(made):
+        return made
+    way = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(flown.position, axis=0), axis=1))])
+    at = np.interp(flight.plans.t[made], flown.t, way)
+    return made[np.unique(np.abs(at[:, None] - np.linspace(0, at[-1], MAX_PLANS)).argmin(axis=0))]
 
 
 def _camera() -> np.ndarray:
@@ -182,7 +192,9 @@ def _box(ax, points) -> None:
 
 def _time_series(axes, flight: Flight, e: Evaluation, start: float, end: float) -> None:
     states = flight.odom if flight.odom.t.size else flight.pose
-    first, last = max(states.t[0], start - MAX_SPAN), min(states.t[-1], end + MAX_SPAN)
+    awake = next((s.t for s in flight.status if s.phase in PHASE_COLOURS), states.t[0])
+    first = max(states.t[0], start - MAX_SPAN, awake - 1.0)
+    last = min(states.t[-1], end + MAX_SPAN)
     shown = states.between(first, last)
     t = shown.t - start
     position, distance, clear, tracked, timing = axes
@@ -227,7 +239,8 @@ def _time_series(axes, flight: Flight, e: Evaluation, start: float, end: float) 
         if refused:
             timing.plot(ticks.t[refused] - start, np.zeros(len(refused)), 'x', ms=5, color=NEAREST,
                         label='plan refused', clip_on=False)
-        top = np.nanpercentile(np.concatenate([ticks.latency_ms, ticks.solve_ms, [1.0]]), 99.5)
+        judged = flight.ticks.between(start, end)
+        top = np.nanpercentile(np.concatenate([judged.latency_ms, judged.solve_ms, [1.0]]), 99.5)
         timing.set(title='policy (ms)', ylim=(0, 1.25 * top))
         _legend(timing)
     else:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flight_log_synthetic import GOAL, T0, SyntheticTrial, reward_at, settle, static_field, write_trial
 
+from deqmpc import interface
 from deqmpc.types import Obstacles
 from flight_log import bag, evaluate, evaluation, metrics, table
 from flight_log.flight import load_flight
@@ -119,6 +120,21 @@ def test_slow_and_missing_ticks_are_counted(tmp_path):
     assert e.rejections == {'residual 0.3 above 0.02': 2} and e.ticks_without_plan == 2
     assert e.solve_ms_p50 == 10.0 and e.solve_ms_p99 == 90.0
     assert e.mocap_gaps == 1 and e.mocap_longest_gap == pytest.approx(0.31, abs=1e-6)
+
+
+def test_a_slow_solve_that_delays_no_other_tick_is_not_a_missed_tick(tmp_path):
+    # 100 ms period; every tenth solve takes 80 ms. First as the in-process loop stamps it: when it begins.
+    trial = SyntheticTrial(seconds=5.0, solve_ms=lambda k: 80.0 if k % 10 == 0 else 10.0)
+    assert judge(tmp_path / 'a', trial, max_steps=50).missed_ticks == 0
+    with bag.BagWriter(tmp_path / 'b') as writer:  # as the node stamps it: when it is done
+        for topic, kind, log_time, message in bag.read_bag(tmp_path / 'a' / 'trial'):
+            if topic == '/diagnostics':
+                values = {v.key: v.value for v in message.status[0].values}
+                stamp = log_time + 1e-3 * float(values['solve_ms'])
+                message.header.stamp = interface.time_message(bag.TYPES, stamp)
+            writer.write(topic, kind, round(1e9 * log_time), bag.serialize(message, kind))
+    e = evaluation.evaluate(load_flight(tmp_path / 'b'), evaluation.EvaluationSettings(max_steps=50))
+    assert e.missed_ticks == 0 and e.ticks == 50
 
 
 def test_a_drone_that_took_off_and_never_engaged_failed(tmp_path):
