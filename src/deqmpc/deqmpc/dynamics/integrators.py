@@ -1,0 +1,138 @@
+"""Discrete dynamics: the classical Runge-Kutta step and its exact first and second derivatives.
+
+  k1 = f(x, u)   k2 = f(x + h/2 k1, u)   k3 = f(x + h/2 k2, u)   k4 = f(x + h k3, u)
+  phi(x, u) = x + h/6 (k1 + 2 k2 + 2 k3 + k4)
+
+With z = (x, u), J_i = [A_i B_i] = df/dz at stage i and K_i = dk_i/dz the chain rule gives
+  K_1 = J_1   K_2 = J_2 + h/2 A_2 K_1   K_3 = J_3 + h/2 A_3 K_2   K_4 = J_4 + h A_4 K_3
+  dphi/dz = [I 0] + h/6 (K_1 + 2 K_2 + 2 K_3 + K_4)
+and for the Hessian of y' phi, with adjoints w_i of the stages and S_i = dz_i/dz,
+  w_4 = h/6 y   w_3 = h/3 y + h A_4' w_4   w_2 = h/3 y + h/2 A_3' w_3   w_1 = h/6 y + h/2 A_2' w_2
+  d^2(y' phi)/dz^2 = sum_i S_i' [d^2(w_i' f)/dz^2](z_i) S_i
+J_i and d^2(w' f)/dz^2 are generated from the equations (deqmpc.dynamics.equations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from deqmpc.dynamics.equations import Equations, Scalars, curvature_function, jacobian_function
+
+# Up to this many points the straight-line code runs point by point on Python floats: an operation on a float
+# costs 0.04 us, on a small NumPy array 0.5 us, on a small tensor 3 us. Floats are double: float64 only.
+_FEW_POINTS = 10
+
+
+def rk4(derivative: Callable[[Scalars, Scalars], list], x: Scalars, u: Scalars,
+        h: float) -> tuple[list, tuple[Scalars, ...]]:
+    """One step over scalars -> next state, and the states of the four stages."""
+    k1 = derivative(x, u)
+    x2 = [a + (0.5 * h) * k for a, k in zip(x, k1, strict=True)]
+    k2 = derivative(x2, u)
+    x3 = [a + (0.5 * h) * k for a, k in zip(x, k2, strict=True)]
+    k3 = derivative(x3, u)
+    x4 = [a + h * k for a, k in zip(x, k3, strict=True)]
+    k4 = derivative(x4, u)
+    following = [a + (h / 6.0) * (p + 2.0 * (q + r) + s) for a, p, q, r, s in zip(x, k1, k2, k3, k4, strict=True)]
+    return following, (x, x2, x3, x4)
+
+
+class RK4:
+    """The step phi of `equations` over `dt` seconds, batched: x (..., n), u (..., m)."""
+
+    def __init__(self, equations: Equations, dt: float):
+        self.equations, self.dt = equations, float(dt)
+
+    def step(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """phi(x, u), shape (..., n). Differentiable by torch."""
+        if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad):
+            following, _ = rk4(self.equations.derivative, x.unbind(-1), u.unbind(-1), self.dt)
+            return torch.stack(following, dim=-1)
+        return self._step(x, u)[0].reshape(x.shape)
+
+    def linearize(self, x: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """phi (..., n) and dphi/d(x, u) (..., n, n+m). Not differentiable by torch."""
+        n, m = self.equations.n, self.equations.m
+        following, states = self._step(x, u)
+        k1, k2, k3, k4 = self._chain(self._jacobians(states, u))
+        f = (k2 + k3).mul_(2.0).add_(k1).add_(k4).mul_(self.dt / 6.0)
+        f[:, :, :n].diagonal(dim1=1, dim2=2).add_(1.0)
+        return following.reshape(x.shape), f.reshape(*x.shape[:-1], n, n + m)
+
+    def curvature(self, x: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Hessian of y' phi with respect to (x, u), (..., n+m, n+m), for y (..., n). Not differentiable."""
+        n, m, h = self.equations.n, self.equations.m, self.dt
+        _, states = self._step(x, u)
+        j = self._jacobians(states, u)
+        k = self._chain(j)
+        a = j[..., :n].transpose(2, 3)
+        y = y.detach().reshape(-1, n, 1)
+        w4 = (h / 6.0) * y
+        w3 = (h / 3.0) * y + h * (a[3] @ w4)
+        w2 = (h / 3.0) * y + (0.5 * h) * (a[2] @ w3)
+        w1 = (h / 6.0) * y + (0.5 * h) * (a[1] @ w2)
+        s = torch.eye(n + m, dtype=x.dtype, device=x.device).repeat(4, len(y), 1, 1)
+        for i, step in ((1, 0.5 * h), (2, 0.5 * h), (3, h)):
+            s[i, :, :n] += step * k[i - 1]
+        w = torch.stack([w1, w2, w3, w4]).flatten(0, 1)[..., 0]
+        c = _evaluate(curvature_function(self.equations), (states.flatten(0, 1), _four(u), w), (n + m, n + m))
+        c = (c + torch.triu(c, diagonal=1).transpose(1, 2)).reshape(s.shape)
+        return (s.transpose(2, 3) @ c @ s).sum(0).reshape(*x.shape[:-1], n + m, n + m)
+
+    def _step(self, x, u):
+        """phi (P, n) and the states of the four stages (4, P, n) of P points."""
+        n = self.equations.n
+        f, points = self.equations.derivative, torch.cat([x.detach(), u.detach()], dim=-1)
+        points = points.reshape(-1, points.shape[-1])
+        if points.device.type != 'cpu':
+            columns = points.unbind(-1)
+            following, states = rk4(f, columns[:n], columns[n:], self.dt)
+            return torch.stack(following, dim=-1), torch.stack([torch.stack(list(s), dim=-1) for s in states])
+        if len(points) <= _FEW_POINTS and points.dtype == torch.float64:
+            made = [rk4(f, p[:n], p[n:], self.dt) for p in points.tolist()]
+            return (torch.tensor([following for following, _ in made], dtype=x.dtype),
+                    torch.tensor([s for _, s in made], dtype=x.dtype).transpose(0, 1))
+        columns = np.ascontiguousarray(points.numpy().T)
+        following, states = rk4(f, columns[:n], columns[n:], self.dt)
+        return (torch.from_numpy(np.stack(following, axis=-1)),
+                torch.from_numpy(np.stack([np.stack(list(s), axis=-1) for s in states])))
+
+    def _jacobians(self, states, u):
+        """df/d(x, u) of the stages (4, P, n, n+m)."""
+        n, m = self.equations.n, self.equations.m
+        j = _evaluate(jacobian_function(self.equations), (states.flatten(0, 1), _four(u)), (n, n + m))
+        return j.reshape(4, -1, n, n + m)
+
+    def _chain(self, j):
+        n, h = self.equations.n, self.dt
+        k1 = j[0]
+        k2 = torch.baddbmm(j[1], j[1, :, :, :n], k1, alpha=0.5 * h)
+        k3 = torch.baddbmm(j[2], j[2, :, :, :n], k2, alpha=0.5 * h)
+        k4 = torch.baddbmm(j[3], j[3, :, :, :n], k3, alpha=h)
+        return k1, k2, k3, k4
+
+
+def _four(u: torch.Tensor) -> torch.Tensor:
+    """The inputs of all four stages (4 P, m)."""
+    return u.detach().reshape(-1, u.shape[-1]).repeat(4, 1)
+
+
+def _evaluate(function: Callable, vectors: tuple[torch.Tensor, ...], shape: tuple[int, int]) -> torch.Tensor:
+    """Run generated code `function(*vectors, out)` on P points (P, length); returns (P, *shape)."""
+    first = vectors[0]
+    if first.device.type != 'cpu':
+        out = first.new_zeros(*shape, len(first))
+        function(*(v.unbind(-1) for v in vectors), out)
+        return out.permute(2, 0, 1).contiguous()
+    if len(first) <= 4 * _FEW_POINTS and first.dtype == torch.float64:
+        points = np.zeros((len(first), *shape))
+        for out, *point in zip(points, *(v.tolist() for v in vectors), strict=True):
+            function(*point, out)
+        return torch.from_numpy(points)
+    columns = [np.ascontiguousarray(v.numpy().T) for v in vectors]
+    out = np.zeros((*shape, len(first)), dtype=columns[0].dtype)
+    function(*columns, out)
+    return torch.from_numpy(np.ascontiguousarray(out.transpose(2, 0, 1)))

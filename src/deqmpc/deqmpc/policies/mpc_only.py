@@ -1,0 +1,246 @@
+"""Model-predictive control without a network: straight to the goal, around every sphere.
+
+Each call solves deqmpc.problem on the Crazyflie's model with deqmpc.solvers.augmented_lagrangian:
+
+  min  sum of |x_t - xr_t|_Q^2 + |u_t - 1|_R^2       xr runs towards the goal at cruise speed
+  s.t. the dynamics, thrust bounds, speed limit, floor, and |p_t - o_jt| >= r_j + margin for every sphere j
+
+Spheres move on with constant velocity to every knot. The constraints on the state are soft by the exact l1
+penalty, so that they hold wherever they can, and a start inside a margin still has a plan that leaves it.
+
+Frame: everything is solved in the world frame turned by the goal's yaw about z, so that the goal attitude is the
+MRP zero for any yaw; rates are in the body frame and do not change.
+
+Reference: the straight line from where the drone is, at cruise speed, slower near the goal. Where spheres block
+the line, its direction is replaced by the least deflected one of a fixed fan that is free (a 3-D vector field
+histogram; Borenstein and Koren 1991), which also breaks the symmetry of a sphere that stands exactly on the line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from deqmpc.airframe import Airframe
+from deqmpc.dynamics import rotation
+from deqmpc.dynamics.crazyflie import Crazyflie
+from deqmpc.policies.base import PolicyStatus, settings_from
+from deqmpc.problem import Problem
+from deqmpc.solvers import augmented_lagrangian as al
+from deqmpc.types import Obstacles, Plan, RigidBodyState
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the policy `mpc_only`."""
+
+    goal: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 0.0)  # x, y, z (m, world), yaw (rad)
+    dt: float = 0.1  # s between knots
+    horizon: int = 5  # T, knots after the first
+    cruise_speed: float = 0.6  # m/s along the reference
+    slow_down: float = 0.6  # m/s^2, deceleration of the reference towards the goal
+    max_speed: float = 1.0  # m/s along each axis
+    yaw_rate: float = 1.0  # rad/s, fastest turn of the reference towards the goal's yaw
+    margin: float = 0.05  # m kept from every sphere's surface at the knots
+    floor: float = 0.15  # m, lowest planned height
+    lookahead: float = 0.7  # m of the reference that must be free of spheres
+    position_weight: float = 20.0  # per m^2
+    attitude_weight: float = 2.0  # per MRP^2
+    velocity_weight: float = 2.0  # per (m/s)^2
+    rate_weight: float = 0.1  # per (rad/s)^2
+    input_weight: float = 0.1  # per (hover thrust)^2
+    softness: float = 300.0  # largest multiplier of the constraints on the state: the price of 1 m of violation
+    max_steps: int = 25  # Gauss-Newton steps in one call
+    airframe: str = ''  # YAML file of deqmpc.airframe; empty: its defaults
+
+    def __post_init__(self):
+        for name in ('dt', 'cruise_speed', 'slow_down', 'max_speed', 'yaw_rate', 'input_weight', 'softness'):
+            if not 0.0 < getattr(self, name) < 1e6:
+                raise ValueError(f'mpc_only: {name} = {getattr(self, name)!r}; expected a number > 0')
+        for name in ('margin', 'lookahead', 'position_weight', 'attitude_weight', 'velocity_weight', 'rate_weight'):
+            if not 0.0 <= getattr(self, name) < 1e6:
+                raise ValueError(f'mpc_only: {name} = {getattr(self, name)!r}; expected a number >= 0')
+        for name in ('horizon', 'max_steps'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'mpc_only: {name} = {getattr(self, name)!r}; expected an integer >= 1')
+        if not np.isfinite(self.goal).all():
+            raise ValueError(f'mpc_only: goal = {self.goal!r}; expected x, y, z, yaw')
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """The solver's state and the instant of its first knot."""
+
+    stamp: float  # s
+    solver: al.WarmStart
+
+
+class MpcOnly:
+    """The policy. Attributes name, dt (s), horizon."""
+
+    name = 'mpc_only'
+
+    def __init__(self, settings: Settings = Settings()):
+        s = self.settings = settings
+        self.dt, self.horizon = s.dt, s.horizon
+        frame = Airframe.load(s.airframe) if s.airframe else Airframe()
+        speed, free = [s.max_speed] * 3, [float('inf')] * 3
+        Q = [s.position_weight] * 3 + [s.attitude_weight] * 3 + [s.velocity_weight] * 3 + [s.rate_weight] * 3
+        self.problem = Problem(
+            Crazyflie(frame), s.dt, s.horizon, Q=Q, R=[s.input_weight] * 4, Qf=[3.0 * q for q in Q],
+            u_low=[frame.thrust_min / frame.hover_thrust] * 4, u_high=[frame.thrust_max / frame.hover_thrust] * 4,
+            x_low=[-np.inf, -np.inf, s.floor, *[-np.inf] * 3, *[-v for v in speed], *[-np.inf] * 3],
+            x_high=[*free, *free, *speed, *free])
+        self._solver = al.Settings(mu_0=1e4, iterations=10, gn_steps=8, max_steps=s.max_steps, elastic=s.softness,
+                                   feasibility=1e-3, optimality=1e-3)
+        yaw = s.goal[3]
+        self._turn = np.array([[np.cos(yaw), np.sin(yaw), 0.0], [-np.sin(yaw), np.cos(yaw), 0.0], [0.0, 0.0, 1.0]])
+        self._unturn = rotation.from_yaw(yaw)  # from the turned frame to the world
+        self._goal = self._turn @ np.array(s.goal[:3])
+        self._fan = _fan()
+
+    @classmethod
+    def from_settings(cls, settings: dict) -> MpcOnly:
+        """From a mapping of settings; see `deqmpc.policies.base.load_policy` for what is raised."""
+        return cls(settings_from(Settings, settings, cls.name))
+
+    def plan(self, state: RigidBodyState, obstacles: Obstacles,
+             warm_start: WarmStart | None = None) -> tuple[Plan | None, WarmStart | None, PolicyStatus]:
+        """See `deqmpc.policies.base.Policy.plan`."""
+        _check_shapes(state, obstacles)
+        K = len(obstacles.radius)
+        if not state.is_finite() or abs(np.linalg.norm(state.quaternion) - 1.0) > 0.1:
+            return None, None, PolicyStatus(False, 'state is not finite or its quaternion not of unit length', 0,
+                                            float('nan'))
+        if not all(np.isfinite(a).all() for a in (obstacles.position, obstacles.radius, obstacles.velocity)) or (
+                obstacles.velocity.any() and not np.isfinite(obstacles.stamp)):
+            return None, None, PolicyStatus(False, 'an obstacle is not finite', 0, float('nan'))
+
+        x_init, yaw = self._turned(state)
+        times = self.dt * np.arange(self.horizon + 1)
+        ahead = state.stamp + times - obstacles.stamp if obstacles.velocity.any() else 0.0 * times
+        centers = (obstacles.position + ahead[:, None, None] * obstacles.velocity) @ self._turn.T  # (T+1, K, 3)
+        radii = obstacles.radius + self.settings.margin
+        x_ref = self._reference(x_init, yaw, centers, radii)
+
+        with torch.inference_mode():
+            data = self.problem.instances(*(torch.from_numpy(a)[None] for a in (
+                x_init, x_ref, np.ones((self.horizon, 4)), centers, radii)))
+            solution = al.solve(self.problem, data, self._start(state.stamp, x_init, x_ref, warm_start, data),
+                                self._solver)
+            x, u = solution.x[0].numpy(), solution.u[0].numpy()
+            residual = max(float(solution.defect[0]), float(self._input_violation(u)))
+        status = solution.status_of(0)
+        given_way = max(0.0, float(solution.violation[0]))
+        ok = status is not al.Status.NOT_FINITE and residual <= 1e-2
+        message = status.value
+        if status is al.Status.INFEASIBLE:
+            message = f'soft constraints gave way by {given_way:.3f} m or m/s'
+        report = PolicyStatus(bool(ok), message if K else message, int(solution.steps[0]), residual)
+        if not np.isfinite(x).all():
+            return None, None, PolicyStatus(False, message, int(solution.steps[0]), float('nan'))
+        return self._plan(state, times, x, u), WarmStart(state.stamp, solution.warm_start), report
+
+    def _turned(self, state) -> tuple[np.ndarray, float]:
+        """Model state (12,) in the turned frame, and the yaw in it."""
+        q = rotation.multiply(rotation.conjugate(self._unturn), rotation.normalize(state.quaternion))
+        return np.concatenate([self._turn @ state.position, rotation.mrp_from_quaternion(q),
+                               self._turn @ state.velocity, state.rates]), float(rotation.yaw(q))
+
+    def _reference(self, x, yaw, centers, radii) -> np.ndarray:
+        """(T+1, 12): from the drone towards the goal, around what stands in the way."""
+        s = self.settings
+        ref = np.zeros((self.horizon + 1, 12))
+        to_goal = self._goal - x[:3]
+        distance = float(np.linalg.norm(to_goal))
+        direction = to_goal / distance if distance > 1e-9 else np.zeros(3)
+        if distance > 1e-3:
+            direction = self._free_direction(x[:3], direction, min(s.lookahead, distance), centers, radii)
+        left, p = distance, x[:3].copy()
+        for t in range(self.horizon + 1):
+            speed = min(s.cruise_speed, np.sqrt(2.0 * s.slow_down * left))
+            ref[t, :3], ref[t, 6:9] = p, speed * direction
+            step = min(speed * self.dt, left)
+            p, left = p + step * direction, left - step
+        heading = np.sign(yaw) * np.maximum(abs(yaw) - s.yaw_rate * self.dt * np.arange(self.horizon + 1), 0.0)
+        ref[:, 5] = np.tan(heading / 4.0)
+        return ref
+
+    def _free_direction(self, p, direction, length, centers, radii) -> np.ndarray:
+        """The direction of the fan around `direction` with the least deflection whose ray of `length` (m) keeps
+        `radii` (K,) from the spheres; the one that keeps most where none does."""
+        if len(radii) == 0:
+            return direction
+        fan = self._fan @ _frame_along(direction).T  # (F, 3), by increasing deflection
+        offset = centers[0] - p  # (K, 3)
+        along = np.clip(fan @ offset.T, 0.0, length)  # (F, K)
+        nearest = np.sqrt(np.maximum((offset ** 2).sum(1) - 2.0 * along * (fan @ offset.T) + along ** 2, 0.0))
+        # a sphere whose margin we are in already only blocks the rays that lead farther into it
+        needed = np.minimum(radii, np.linalg.norm(offset, axis=1) - 1e-6)
+        slack = (nearest - needed).min(axis=1)
+        slack[p[2] + length * fan[:, 2] < self.settings.floor] = -np.inf
+        free = slack >= 0.0
+        return fan[np.argmax(free)] if free.any() else fan[np.argmax(slack)]
+
+    def _start(self, stamp, x_init, x_ref, warm_start, data) -> al.WarmStart:
+        """The last solution advanced to now, or the reference where there is none that fits."""
+        cold = al.guess(self.problem, data, data.x_ref.clone(), data.u_ref, self._solver)
+        cold.x[:, 0] = data.x_init
+        if warm_start is None:
+            return cold
+        steps = round((stamp - warm_start.stamp) / self.dt)
+        old = warm_start.solver
+        if not 0 <= steps <= self.horizon or old.x.shape != cold.x.shape:
+            return cold
+        old = old.shifted(steps)
+        jump = (old.x[0, 0] - data.x_init[0])[:6]
+        if not bool(torch.isfinite(old.x).all()) or float(jump.abs().max()) > 0.3:
+            return cold  # teleported, or the other set of MRPs
+        old.x[:, 0] = data.x_init
+        lam = old.lam if old.lam.shape == cold.lam.shape else cold.lam
+        return replace(old, lam=lam, mu=cold.mu)
+
+    def _input_violation(self, u):
+        sign, limit = self.problem.sign[:, self.problem.n:].numpy(), self.problem.limit.numpy()
+        rows = np.abs(sign).sum(axis=1) > 0
+        return np.maximum(u @ sign[rows].T - limit[rows], 0.0).max()
+
+    def _plan(self, state, times, x, u) -> Plan:
+        back = self._turn.T
+        # the last knot has no input of its own; it keeps the one before
+        rate = np.stack(self.problem.equations.derivative(x.T, np.vstack([u, u[-1:]]).T)[6:9], axis=-1)
+        quaternion = rotation.multiply(self._unturn, rotation.quaternion_from_mrp(x[:, 3:6]))
+        return Plan(stamp=state.stamp, time_from_start=times, position=x[:, :3] @ back.T,
+                    quaternion=rotation.normalize(quaternion), velocity=x[:, 6:9] @ back.T, rates=x[:, 9:12].copy(),
+                    acceleration=rate @ back.T)
+
+
+def _fan() -> np.ndarray:
+    """(F, 3) unit vectors around +x by increasing deflection: 0, then rings of 12 from 10 to 120 degrees."""
+    rays = [np.array([1.0, 0.0, 0.0])]
+    for deflection in np.radians(np.arange(10.0, 121.0, 10.0)):
+        for around in np.radians(np.arange(0.0, 360.0, 30.0)):
+            rays.append(np.array([np.cos(deflection), np.sin(deflection) * np.cos(around),
+                                  np.sin(deflection) * np.sin(around)]))
+    return np.array(rays)
+
+
+def _frame_along(direction: np.ndarray) -> np.ndarray:
+    """(3, 3) rotation whose first column is the unit vector `direction`; the second is level."""
+    side = np.cross([0.0, 0.0, 1.0], direction)
+    norm = np.linalg.norm(side)
+    side = side / norm if norm > 1e-6 else np.array([0.0, 1.0, 0.0])
+    return np.stack([direction, side, np.cross(direction, side)], axis=1)
+
+
+def _check_shapes(state, obstacles):
+    K = np.shape(obstacles.radius)[0] if np.ndim(obstacles.radius) == 1 else 'K'
+    for name, value, expected in (
+            ('state.position', state.position, (3,)), ('state.quaternion', state.quaternion, (4,)),
+            ('state.velocity', state.velocity, (3,)), ('state.rates', state.rates, (3,)),
+            ('obstacles.radius', obstacles.radius, (K,)), ('obstacles.position', obstacles.position, (K, 3)),
+            ('obstacles.velocity', obstacles.velocity, (K, 3))):
+        if np.shape(value) != expected:
+            raise ValueError(f'{name} has shape {np.shape(value)}, expected {expected}')
