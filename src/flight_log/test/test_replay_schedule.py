@@ -55,11 +55,11 @@ def test_messages_are_due_at_their_recorded_spacing_divided_by_the_rate(tmp_path
 
 
 def test_selection_names_what_it_does_not_know_or_find(tmp_path):
-    path = write_trial(tmp_path / 'b', SyntheticTrial(seconds=0.2, lead=0.1))
+    path = write_trial(tmp_path / 'b', SyntheticTrial(seconds=0.2, lead=0.1, open_loop=True))
     with pytest.raises(bag.BagError, match='expected some of'):
         replay.select(path, ['camera'])
     with pytest.raises(bag.BagError, match='none of the topics'):
-        replay.select(path, ['truth'])
+        replay.select(path, ['setpoint'])
     with pytest.raises(bag.BagError, match='none of the topics'):
         replay.select(path, ['pose'], robot='cf9')
     with bag.BagWriter(tmp_path / 'two') as writer:
