@@ -72,7 +72,7 @@ def arguments(mode: str, table: dict[str, Any] | None = None) -> list[Argument]:
     table = table or read_table()
     _check_mode(mode, table)
     row = table['modes'][mode]
-    used = {'robot', 'params', 'run_dir'}
+    used = {'robot', 'params', 'run_dir', *_REFERENCE.findall(str(row.get('set', {})))}
     for name in row['nodes']:
         node = table['nodes'][name]
         used |= set(_REFERENCE.findall(str(node.get('set', {})))) | set(node.get('when', {}))
@@ -98,13 +98,15 @@ def compose(mode: str, given: dict[str, str] | None = None, table: dict[str, Any
     rows = []
     for name in table['modes'][mode]['nodes']:
         node = table['nodes'][name]
+        parameters = {**node.get('set', {}), **table['modes'][mode].get('set', {}).get(name, {})}
         if any(values[a] not in allowed for a, allowed in node.get('when', {}).items()):
             continue
         ros_arguments = []
         for f in files:
             ros_arguments += ['--params-file', f]
-        for parameter, text in node.get('set', {}).items():
-            value = ([_resolve(t, values) for t in text] if isinstance(text, list) else _resolve(text, values))
+        for parameter, text in parameters.items():
+            value = ([_resolve(t, values) for t in text] if isinstance(text, list)
+                     else _resolve(text, values))
             if value != '':
                 # Without a node name: `-p node:name` does not reach a node that has a namespace.
                 ros_arguments += ['-p', f'{parameter}:={_as_parameter(value)}']

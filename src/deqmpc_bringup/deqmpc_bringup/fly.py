@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument('arguments', nargs='*', metavar='name:=value', help='launch arguments')
     parser.add_argument('--show-args', action='store_true', help='list the arguments of the mode and exit')
     parser.add_argument('--time-limit', type=float, metavar='S', help='end after S seconds')
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         if options.show_args:
             for a in arguments(options.mode, table):

@@ -5,7 +5,8 @@ kernel's parent-death signal, so that it gets SIGTERM even when the runner is ki
 a file, not a pipe: a node that lands the drone must not fail on a broken pipe. The runner copies the
 files to its own output, each line with the node's name before it.
 
-Ending is SIGINT to all, then SIGTERM after `patience` (landing takes its time), then SIGKILL.
+Ending is SIGTERM to all, again after `patience` (landing takes its time; a second one cuts it short), then
+SIGKILL. Not SIGINT: a Python that is still importing answers that with a traceback.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Runner:
         self._patience = patience
         self._output: Callable[[str], None] | None = write
         self._processes: list[_Process] = []
+        self._ended: list[_Process] = []  # those that the runner ended
         self._stops: list[int] = []
 
     def stop(self, number: int = signal.SIGINT, _frame: object = None) -> None:
@@ -80,7 +82,8 @@ class Runner:
             status = self._watch(begin, time_limit)
         finally:
             self._end()
-        failed = [p for p in self._processes if p.popen.returncode != 0]
+        # A process that SIGTERM met before it had a handler ended as asked.
+        failed = [p for p in self._ended if p.popen.returncode not in (0, -signal.SIGTERM)]
         if status == 0 and failed:
             return _shell_status(failed[0].popen.returncode)
         return status
@@ -119,11 +122,11 @@ class Runner:
 
     def _end(self):
         asked = len(self._stops)
-        for number, seconds in ((signal.SIGINT, self._patience), (signal.SIGTERM, 3.0),
-                                (signal.SIGKILL, 5.0)):
-            alive = [p for p in self._processes if p.popen.poll() is None]
-            for p in alive:
-                if number != signal.SIGINT:
+        self._ended = [p for p in self._processes if p.popen.poll() is None]
+        for number, seconds, again in ((signal.SIGTERM, self._patience, False), (signal.SIGTERM, 3.0, True),
+                                       (signal.SIGKILL, 5.0, True)):
+            for p in [p for p in self._processes if p.popen.poll() is None]:
+                if again:
                     self._write(f'[{p.name}] still runs; sending {signal.Signals(number).name}')
                 p.popen.send_signal(number)
             until = time.monotonic() + seconds
@@ -136,7 +139,7 @@ class Runner:
         self._copy_output()
         for p in self._processes:
             p.log.close()
-            if p.popen.returncode not in (0, None) and not p.reported:
+            if p.popen.returncode not in (0, None, -signal.SIGTERM) and not p.reported:
                 self._write(f'[{p.name}] exited with status {_shell_status(p.popen.returncode)}')
 
     def _copy_output(self):

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument('arguments', nargs='*', metavar='name:=value', help='launch arguments of mode stream')
     parser.add_argument('--duration', type=float, default=0.0, metavar='S', help='only the first S seconds')
     parser.add_argument('--json', action='store_true', help='print the evaluation as JSON')
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         given = {**parse_assignments(options.arguments), 'file': str(Path(options.file).resolve()),
                  'stream_duration': str(options.duration), 'record': 'true'}

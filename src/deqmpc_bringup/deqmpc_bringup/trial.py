@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument('--time-limit', type=float, default=180.0, metavar='S',
                         help='end a trial that flies in real time after S seconds (default 180)')
     parser.add_argument('--json', action='store_true', help='print the evaluation as JSON')
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     try:
         seeds = parse_seeds(options.seeds)
         given = {**parse_assignments(options.arguments), 'trial': 'true', 'record': 'true'}

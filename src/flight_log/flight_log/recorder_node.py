@@ -57,6 +57,7 @@ class Recorder(Node):
         except BagError as error:
             raise ros.SettingsError(f'{where}: parameter bag_path: {error}') from error
         self.finished, self.exit_status = False, 0
+        self._flight = ros.FlightWatch(self, self.robot)
         self.failure = ''
         self.diagnostics = ros.publisher(self, interface.DIAGNOSTICS, self.robot)
         self.subscribers = [self._subscribe(topic) for topic in interface.RECORDED]
@@ -96,6 +97,10 @@ class Recorder(Node):
                 'bag': str(self.writer.path), 'messages': self.writer.messages,
                 'topics': len(self.writer.topics), 'bytes': self.writer.bytes_written,
                 'disk_free_bytes': free}))
+
+    def may_stop(self) -> bool:
+        """A landing that a stop has brought about is recorded to its end."""
+        return not self._flight.in_air()
 
     def close(self) -> None:
         """Finish the bag, so that any reader takes it."""

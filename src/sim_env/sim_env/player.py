@@ -25,6 +25,7 @@ class Player:
         self.sent = 0  # frames
         self.lateness = 0.0  # s, the largest between a frame's time and its sending
         self.finished = False
+        self.held = False  # set by the caller: do not begin yet
         self.started: float | None = None  # clock at the first pose
         self._say = say
         self._next = 0  # pose
@@ -35,7 +36,7 @@ class Player:
         if self.finished:
             return
         if self.started is None:
-            if self.wait_for_client and not self.server.clients:
+            if self.held or (self.wait_for_client and not self.server.clients):
                 return
             self.started = now + self.delay
             self._say(f'playing {len(self.recording.time)} poses, {self.recording.duration:.2f} s')

@@ -32,7 +32,8 @@ class Settings:
     body: str = parameter('', "name of the rigid body; empty: the robot's name")
     wait_for_client: bool = parameter(True, 'begin when the first NatNet client has come')
     delay: float = parameter(1.0, 'begin this much later, when the other nodes are there, too (s)', 0.0, 60.0)
-    client_timeout: float = parameter(30.0, 'give up when none has come after this (s)', 0.1, 3600.0)
+    wait_for_policy: bool = parameter(False, 'begin when the robot has a publisher of plans')
+    client_timeout: float = parameter(60.0, 'give up when one of these has not come after this (s)', 0.1, 3600.0)
     natnet_address: str = parameter('127.0.0.1', 'interface of the NatNet server')
     natnet_command_port: int = parameter(1510, 'NatNet command port', 0, 65535)
     natnet_data_port: int = parameter(1511, 'NatNet data port (multicast)', 0, 65535)
@@ -89,9 +90,12 @@ class StreamNode(Node):
     def _advance(self):
         clock = time.monotonic()
         player = self.player
+        if player.started is None and self.settings.wait_for_policy:
+            player.held = not self.count_publishers(interface.PLAN.resolve(self.robot))
         player.poll(clock)
         if player.started is None and clock - self._begin > self.settings.client_timeout:
-            self.get_logger().error(f'no NatNet client in {self.settings.client_timeout:g} s')
+            missing = 'policy' if player.held else 'NatNet client'
+            self.get_logger().error(f'no {missing} in {self.settings.client_timeout:g} s')
             self.finished, self.exit_status = True, 1
         if player.finished and self._end is None:
             self._end = clock + _TAIL

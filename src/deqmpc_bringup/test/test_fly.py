@@ -1,0 +1,167 @@
+"""Whole graphs of real nodes: sockets, cflib, DDS and a bag. Every test has ports and a DDS domain of its own."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deqmpc import interface
+from flight_log.bag import read_bag
+
+DATA = Path(os.environ['DEQMPC_DATA'])
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(count)]
+        for s in sockets:
+            s.bind(('127.0.0.1', 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+def deqmpc(*words, domain, **options):
+    env = {**os.environ, 'ROS_DOMAIN_ID': str(domain)}
+    return subprocess.Popen([sys.executable, '-m', 'deqmpc.cli', *map(str, words)], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+
+
+def sim_arguments():
+    crazyflie, command, data = free_ports(3)
+    return [f'uri:=udp://127.0.0.1:{crazyflie}', f'natnet_command_port:={command}', f'natnet_data_port:={data}']
+
+
+def shared_memory():
+    # lttng-ust-wait-*: the tracing library inside the ROS wheels makes it once a user, for ever.
+    return {p.name for p in Path('/dev/shm').iterdir() if not p.name.startswith('lttng-ust')}
+
+
+def node_processes(run_dir):
+    """Processes that were started for `run_dir` and live."""
+    found = []
+    for p in Path('/proc').glob('[0-9]*'):
+        try:
+            if str(run_dir) in (p / 'cmdline').read_text() or str(run_dir) in (p / 'environ').read_text():
+                found.append((p / 'cmdline').read_text().replace('\0', ' '))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    return found
+
+
+def read(bag, topic, robot='cf1'):
+    return [message for _, _, _, message in read_bag(bag, [topic.resolve(robot)])]
+
+
+def phases(bag):
+    values = [d.values['phase'] for m in read(bag, interface.STATUS) for d in interface.read_diagnostics(m)]
+    return [p for i, p in enumerate(values) if i == 0 or values[i - 1] != p]
+
+
+def test_one_trial_through_the_real_graph_reaches_the_goal_and_lands(tmp_path):
+    before = shared_memory()
+    run = deqmpc('trial', 'sim', '--seeds', 3, '--json', f'run_dir:={tmp_path / "run"}', 'max_steps:=60',
+                 *sim_arguments(), domain=87)
+    output, _ = run.communicate(timeout=150)
+    assert run.returncode == 0, output
+    bag = tmp_path / 'run' / 'seed_003' / 'bag'
+    assert phases(bag) == ['disarmed', 'armed', 'taking_off', 'holding', 'following', 'holding', 'landing',
+                           'disarmed']
+    evaluated = json.loads(output[output.index('\n{') if '\n{' in output else output.index('{'):
+                                  output.rindex('}') + 1])
+    trial = evaluated['trials'][0]
+    assert trial['failure'] is None and trial['min_clearance'] > 0.0
+    assert trial['steps'] == 60
+    truth = [interface.read_odometry(m) for m in read(bag, interface.TRUTH)]
+    assert truth[-1].position[2] < 0.05
+    assert (tmp_path / 'run' / 'report' / 'report.html').stat().st_size > 10_000
+    assert not node_processes(tmp_path)
+    assert shared_memory() <= before
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopping_a_flight_in_the_air_lands_the_drone_and_leaves_nothing(tmp_path, number):
+    before = shared_memory()
+    run_dir = tmp_path / 'run'
+    run = deqmpc('fly', 'sim', 'trial:=true', 'start:=1.0 0.0 1.0 0.0', 'obstacles:=off', f'run_dir:={run_dir}',
+                 *sim_arguments(), domain=88)
+    seen = []
+    for line in run.stdout:
+        seen.append(line)
+        if 'engage: following' in line:
+            break
+    else:
+        pytest.fail('never engaged:\n' + ''.join(seen))
+    time.sleep(0.5)
+    run.send_signal(number)
+    if number == signal.SIGKILL:
+        run.wait(10)
+        until = time.monotonic() + 30.0
+        while node_processes(run_dir) and time.monotonic() < until:
+            time.sleep(0.2)
+    else:
+        rest, _ = run.communicate(timeout=60)
+        seen.append(rest)
+    assert not node_processes(run_dir), ''.join(seen)
+    assert shared_memory() <= before
+    flown = phases(run_dir / 'bag')
+    assert flown[-2:] == ['landing', 'disarmed'] or flown[-1] == 'landing', (flown, ''.join(seen))
+    truth = [interface.read_odometry(m) for m in read(run_dir / 'bag', interface.TRUTH)]
+    heights = np.array([s.position[2] for s in truth])
+    sinking = np.array([s.velocity[2] for s in truth])
+    assert heights[-1] < 0.05, ''.join(seen)
+    assert sinking[heights < 0.10].min() > -0.6  # it was flown down, it did not fall
+
+
+@pytest.mark.skipif(not (DATA / 'mocap').is_dir(), reason=f'shared data not found at {DATA} ($DEQMPC_DATA)')
+@pytest.mark.parametrize('file', ['mocap/optitrack_20240816_00_11_25.csv', 'flights/mell_trefoil_slow_rep1.csv'])
+def test_a_recording_streamed_through_natnet_gives_a_plan_at_every_tick(tmp_path, file):
+    command, data = free_ports(2)
+    run = deqmpc('stream', DATA / file, '--duration', 5, '--json', f'run_dir:={tmp_path / "run"}',
+                 f'natnet_command_port:={command}', f'natnet_data_port:={data}', domain=89)
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, output
+    assert 'Traceback' not in output
+    ticks = [d.values for m in read(tmp_path / 'run' / 'bag', interface.DIAGNOSTICS)
+             for d in interface.read_diagnostics(m) if d.name == 'cf1/policy']
+    poses = [interface.read_pose(m)[0] for m in read(tmp_path / 'run' / 'bag', interface.POSE)]
+    plans = read(tmp_path / 'run' / 'bag', interface.PLAN)
+    assert 4.5 < poses[-1] - poses[0] < 5.5
+    accepted = [t for t in ticks if t['gate'] == 'accepted']
+    assert len(accepted) == len(plans) >= 30
+    during = [t['gate'] for t in ticks[ticks.index(accepted[0]):ticks.index(accepted[-1])]]
+    assert set(during) == {'accepted'}
+
+
+@pytest.mark.parametrize(('words', 'message'), [
+    (['fly', 'sim', 'policy:=nonsense'], "unknown policy 'nonsense'"),
+    (['fly', 'sim', 'policy_file:=/nowhere.yaml'], '/nowhere.yaml'),
+    (['fly', 'sim', 'obstacles_file:=/nowhere.yaml'], '/nowhere.yaml'),
+    (['fly', 'sim', 'start:=up', 'trial:=true'], "'up'"),
+    (['fly', 'hardware', 'uri:=udp://127.0.0.1:9', 'natnet_command_port:=9'], 'udp://127.0.0.1:9'),
+    (['stream', '/nowhere.csv'], '/nowhere.csv'),
+])
+def test_bad_input_ends_with_one_clear_message_and_a_non_zero_status(tmp_path, words, message):
+    ports = sim_arguments() if words[:2] == ['fly', 'sim'] else []
+    run = deqmpc(*words, f'run_dir:={tmp_path / "run"}', *ports, domain=90)
+    output, _ = run.communicate(timeout=90)
+    assert run.returncode not in (0, -9), output
+    assert message in output and 'error' in output.lower(), output
+    assert 'Traceback' not in output, output
+
+
+def test_an_occupied_port_is_named(tmp_path):
+    arguments = sim_arguments()
+    port = int(arguments[0].rsplit(':', 1)[1])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(('127.0.0.1', port))
+        run = deqmpc('fly', 'sim', f'run_dir:={tmp_path / "run"}', *arguments, domain=91)
+        output, _ = run.communicate(timeout=60)
+    assert run.returncode not in (0, -9)
+    assert str(port) in output and 'Traceback' not in output, output
