@@ -16,7 +16,7 @@ from rclpy.node import Node
 
 from deqmpc import interface
 from deqmpc_ros.messages import TYPES
-from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run
+from deqmpc_ros.node import FlightWatch, SettingsError, declare, now, parameter, publisher, robot_name, run
 from mocap_bridge.bridge import UP_AXES, Bridge, HealthSettings
 from mocap_bridge.client import NatNetClient
 from mocap_bridge.odometry import OdometrySettings
@@ -88,6 +88,7 @@ class MocapBridge(Node):
         self._pose = publisher(self, interface.POSE, self.robot)
         self._odom = publisher(self, interface.ODOM, self.robot)
         self._diagnostics = publisher(self, interface.DIAGNOSTICS, self.robot)
+        self._flight = FlightWatch(self, self.robot)
         self._lock = threading.Lock()  # between the receiving thread and the report
         self._stop = threading.Event()
         self.create_timer(1.0, self._report)
@@ -150,6 +151,10 @@ class MocapBridge(Node):
             level, message, values = self._bridge.report(self._client.session, stamp)
         self._diagnostics.publish(interface.diagnostics_message(
             TYPES, stamp, f'{self.robot}/mocap', level, message, values, self.settings.server_address))
+
+    def may_stop(self) -> bool:
+        """A drone that lands because all was asked to stop still needs its pose."""
+        return not self._flight.in_air()
 
     def close(self) -> None:
         """Stop receiving; called by run() while ROS is still up."""
