@@ -14,8 +14,8 @@ setup(
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),
     ],
-    install_requires=['numpy', 'natnet'],
-    extras_require={'test': ['pytest']},
+    install_requires=['numpy', 'natnet>=0.3,<0.4'],
+    extras_require={'test': ['pytest', 'scipy', 'NatNetClient==0.8.3']},
     entry_points={
         'console_scripts': [
             'mocap_bridge_node = mocap_bridge.node:main',

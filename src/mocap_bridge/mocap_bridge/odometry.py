@@ -124,6 +124,18 @@ class _Sample:
     quaternion: np.ndarray
 
 
+@dataclass
+class _Run:
+    """Refused samples in a row that are consistent with each other."""
+
+    newest: _Sample | None = None
+    length: int = 0
+
+    def add(self, sample: _Sample, consistent: bool) -> int:
+        self.newest, self.length = sample, self.length + 1 if consistent else 1
+        return self.length
+
+
 def _multiply(a, b):
     x, y, z, w = a.tolist()  # floats: arithmetic on NumPy scalars is several times slower
     p, q, r, s = b.tolist()
@@ -164,8 +176,7 @@ class OdometryFilter:
     def reset(self) -> None:
         """Forget the motion, keep the statistics. The next sound sample is accepted where it is."""
         self._last: _Sample | None = None  # newest accepted
-        self._rejected: _Sample | None = None  # newest refused for a jump or its time
-        self._run = 0  # refused samples in a row that are consistent with each other
+        self._jump, self._backward = _Run(), _Run()  # refused for their place, refused for their time
         self._same = 0  # identical poses in a row
         self._age = 0  # accepted samples since the filter started
 
@@ -184,7 +195,9 @@ class OdometryFilter:
         dt = sample.stamp - last.stamp
         if dt <= 0.0:
             # A clock that was set back would otherwise silence the filter for as long.
-            if self._repeats(sample, 0.0):
+            before = self._backward.newest
+            consistent = before is not None and before.stamp < sample.stamp
+            if self._backward.add(sample, consistent) >= self.settings.reaccept:
                 return self._start(sample, 0.0)
             return self._refuse('duplicate' if dt == 0.0 else 'out_of_order')
         same = position.tolist() == last.position.tolist() and quaternion.tolist() == last.quaternion.tolist()
@@ -194,8 +207,11 @@ class OdometryFilter:
         if dt > self.settings.restart:
             return self._start(sample, dt)
         possible = self._reachable(last, sample) and self._expected(sample, dt)
-        if not possible or self._nearer_to_rejected(sample, dt):
-            if self._repeats(sample, dt):
+        if not possible or self._nearer_to_jump(sample, dt):
+            before = self._jump.newest
+            consistent = (before is not None and before.stamp < sample.stamp
+                          and self._reachable(before, sample))
+            if self._jump.add(sample, consistent) >= self.settings.reaccept:
                 return self._start(sample, dt)
             return self._refuse('jump')
         return self._accept(sample, dt)
@@ -213,28 +229,19 @@ class OdometryFilter:
         s, d = self.settings, sample.position - self._p - dt * self._v
         return math.sqrt(d @ d) <= 0.5 * s.max_acceleration * dt * dt + s.position_margin
 
-    def _nearer_to_rejected(self, sample: _Sample, dt: float) -> bool:
+    def _nearer_to_jump(self, sample: _Sample, dt: float) -> bool:
         """True while a refused place explains the sample better than the motion before it does: the reach
         of the limits grows with time, and would let a jump in as a very fast flight."""
-        if self._rejected is None or self._rejected.stamp >= sample.stamp:
-            return False
-        if not self._reachable(self._rejected, sample):
+        jump = self._jump.newest
+        if jump is None or jump.stamp >= sample.stamp or not self._reachable(jump, sample):
             return False
         expected = self._p + dt * self._v
-        far, near = sample.position - expected, sample.position - self._rejected.position
+        far, near = sample.position - expected, sample.position - jump.position
         turn_far = _angle(_multiply(self._q, _exp(dt * self._w)), sample.quaternion)
-        turn_near = _angle(self._rejected.quaternion, sample.quaternion)
+        turn_near = _angle(jump.quaternion, sample.quaternion)
         s = self.settings
         return (math.sqrt(near @ near) / s.position_margin + turn_near / s.angle_margin
                 < math.sqrt(far @ far) / s.position_margin + turn_far / s.angle_margin)
-
-    def _repeats(self, sample: _Sample, dt: float) -> bool:
-        """Note a refused sample; True when it completes a run that is consistent with itself."""
-        before, self._rejected = self._rejected, sample
-        consistent = (before is not None and before.stamp < sample.stamp
-                      and (dt <= 0.0 or self._reachable(before, sample)))
-        self._run = self._run + 1 if consistent else 1
-        return self._run >= self.settings.reaccept
 
     def _refuse(self, reason: str) -> FilterResult:
         self.statistics.rejected[reason] += 1
@@ -272,7 +279,7 @@ class OdometryFilter:
         q = _multiply(self._q, _exp(kp * e))
         self._q, self._w, self._b = q / math.sqrt(q @ q), self._w + kv * e, self._b + ka * e
 
-        self._rejected, self._run = None, 0
+        self._jump, self._backward = _Run(), _Run()
         s = self.settings
         if self._v @ self._v > (2.0 * s.max_speed) ** 2 or self._w @ self._w > (2.0 * s.max_rate) ** 2:
             # Samples within the limits, a motion far beyond them: the estimate has run away.

@@ -86,10 +86,11 @@ def models(names, version=(4, 1), rich=False):
 class Server:
     """A scripted server on a free loopback port: answer() serves what has come, send() streams a frame."""
 
-    def __init__(self, names=None, version=(4, 1), address='127.0.0.1', clock=lambda: 0.0, up=2, **info):
+    def __init__(self, names=None, version=(4, 1), address='127.0.0.1', clock=lambda: 0.0, up=2,
+                 port=0, **info):
         self.names = {'cf1': 1} if names is None else names
         self.version, self.clock, self.info = version, clock, info
-        self.address, self.port, self.up = address, 0, up
+        self.address, self.port, self.up = address, port, up
         self.open()
 
     def open(self):

@@ -1,10 +1,12 @@
 """The node as a process, on a DDS domain of its own, against the scripted server."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import mocap_wire as wire
 import numpy as np
@@ -18,8 +20,32 @@ from rclpy.executors import SingleThreadedExecutor  # noqa: E402
 
 from deqmpc import interface  # noqa: E402
 from deqmpc_ros.node import subscription  # noqa: E402
+from mocap_bridge.bridge import HealthSettings  # noqa: E402
+from mocap_bridge.node import Settings  # noqa: E402
+from mocap_bridge.odometry import OdometrySettings  # noqa: E402
+from mocap_bridge.session import ClientSettings  # noqa: E402
 
 DOMAIN = 77
+
+
+def test_the_readme_lists_every_parameter_with_its_default():
+    table = (Path(__file__).parents[1] / 'README.md').read_text().split('## Parameters')[1].split('\n## ')[0]
+    listed = {}
+    for row in table.splitlines():
+        if row.startswith('| `'):
+            names, defaults = (cell.strip() for cell in row.split('|')[1:3])
+            listed.update(zip(names.replace('`', '').split(', '), defaults.split(', '), strict=True))
+    listed['body_name'] = listed['body_name'].replace("the robot's name", 'empty')
+    defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
+    assert set(listed) == set(defaults)
+    for name, default in defaults.items():
+        said = '' if listed[name] == 'empty' else listed[name]
+        assert said == default if isinstance(default, str) else float(said) == default, name
+
+
+@pytest.mark.parametrize('kind', [ClientSettings, OdometrySettings, HealthSettings])
+def test_parameters_have_the_defaults_of_the_classes_they_fill(kind):
+    assert Settings().part(kind) == kind()
 
 
 def start(*parameters, namespace='/cf1'):
@@ -185,10 +211,7 @@ def test_the_node_waits_for_a_server_that_comes_later(listener):
     node = start(f'command_port:={port}')
     try:
         listener.wait(lambda: any('no answer' in r.message for r in listener.reports), 'waiting')
-        with Streaming(lambda k, t: [wire.body(1, (1e-5 * k, 0.0, 1.0))]) as s:
-            s.server.close()
-            s.server.port = port
-            s.server.open()
+        with Streaming(lambda k, t: [wire.body(1, (1e-5 * k, 0.0, 1.0))], port=port):
             listener.wait(lambda: len(listener.poses) > 20, 'late server')
     finally:
         node.terminate()

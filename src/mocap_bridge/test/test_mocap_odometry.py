@@ -100,6 +100,16 @@ def test_a_stamp_that_does_not_advance_is_refused():
     assert f.update(5 * DT, np.array([0.0, 0.0, 1.0]), LEVEL).reason == 'out_of_order'
 
 
+def test_every_second_sample_arriving_twice_costs_no_other_sample():
+    f, rng, accepted = OdometryFilter(), np.random.default_rng(2), 0
+    for k in range(500):
+        sample = noisy(rng, np.array([0.0, 0.0, 1.0]))
+        accepted += f.update(k * DT, *sample).accepted
+        if k % 2:
+            f.update((k - k % 3) * DT, *sample)  # the same stamp again, or an older one
+    assert accepted == 500 and set(f.statistics.rejected) == {'duplicate', 'out_of_order'}
+
+
 def test_a_clock_that_was_set_back_silences_the_filter_for_ten_samples_only():
     f = OdometryFilter()
     hover(f, 100, start=1000.0)
