@@ -67,8 +67,9 @@ def settings_from(cls: type[S], values: dict[str, Any], owner: str) -> S:
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
-            raise ValueError(f'{owner}: unknown setting {name!r}' + (f', did you mean {close[0]!r}?' if close else '')
-                             + f'; expected some of: {", ".join(sorted(known))}')
+            hint = f', did you mean {close[0]!r}?' if close else ''
+            raise ValueError(f'{owner}: unknown setting {name!r}{hint}; expected some of: '
+                             f'{", ".join(sorted(known))}')
         made[name] = _converted(hints[name], value, f'{owner}: {name} = {value!r}')
     return cls(**made)
 

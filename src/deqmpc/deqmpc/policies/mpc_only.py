@@ -5,15 +5,16 @@ Each call solves deqmpc.problem on the Crazyflie's model with deqmpc.solvers.aug
   min  sum of |x_t - xr_t|_Q^2 + |u_t - 1|_R^2       xr runs towards the goal at cruise speed
   s.t. the dynamics, thrust bounds, speed limit, floor, and |p_t - o_jt| >= r_j + margin for every sphere j
 
-Spheres move on with constant velocity to every knot. The constraints on the state are soft by the exact l1
-penalty, so that they hold wherever they can, and a start inside a margin still has a plan that leaves it.
+Spheres move on with constant velocity to every knot. The constraints on the state are soft by the exact
+l1 penalty, so that they hold wherever they can, and a start inside a margin still has a plan that leaves it.
 
-Frame: everything is solved in the world frame turned by the goal's yaw about z, so that the goal attitude is the
-MRP zero for any yaw; rates are in the body frame and do not change.
+Frame: everything is solved in the world frame turned by the goal's yaw about z, so that the goal attitude
+is the MRP zero for any yaw; rates are in the body frame and do not change.
 
-Reference: the straight line from where the drone is, at cruise speed, slower near the goal. Where spheres block
-the line, its direction is replaced by the least deflected one of a fixed fan that is free (a 3-D vector field
-histogram; Borenstein and Koren 1991), which also breaks the symmetry of a sphere that stands exactly on the line.
+Reference: the straight line from where the drone is, at cruise speed, slower near the goal. Where spheres
+block the line, its direction is replaced by the least deflected one of a fixed fan that is free (a 3-D
+vector field histogram; Borenstein and Koren 1991), which also breaks the symmetry of a sphere that stands
+exactly on the line.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from deqmpc.airframe import Airframe
 from deqmpc.dynamics import rotation
 from deqmpc.dynamics.crazyflie import Crazyflie
+from deqmpc.dynamics.equations import jacobian_function
 from deqmpc.policies.base import PolicyStatus, settings_from
 from deqmpc.problem import Problem
 from deqmpc.solvers import augmented_lagrangian as al
@@ -51,22 +53,25 @@ class Settings:
     velocity_weight: float = 2.0  # per (m/s)^2
     rate_weight: float = 0.1  # per (rad/s)^2
     input_weight: float = 0.1  # per (hover thrust)^2
-    softness: float = 300.0  # largest multiplier of the constraints on the state: the price of 1 m of violation
-    max_steps: int = 25  # Gauss-Newton steps in one call
+    softness: float = 300.0  # largest multiplier of a constraint on the state: the price of 1 m of violation
+    max_steps: int = 20  # Gauss-Newton steps in one call
     airframe: str = ''  # YAML file of deqmpc.airframe; empty: its defaults
 
     def __post_init__(self):
         for name in ('dt', 'cruise_speed', 'slow_down', 'max_speed', 'yaw_rate', 'input_weight', 'softness'):
             if not 0.0 < getattr(self, name) < 1e6:
                 raise ValueError(f'mpc_only: {name} = {getattr(self, name)!r}; expected a number > 0')
-        for name in ('margin', 'lookahead', 'position_weight', 'attitude_weight', 'velocity_weight', 'rate_weight'):
+        for name in ('margin', 'lookahead', 'position_weight', 'attitude_weight', 'velocity_weight',
+                     'rate_weight'):
             if not 0.0 <= getattr(self, name) < 1e6:
                 raise ValueError(f'mpc_only: {name} = {getattr(self, name)!r}; expected a number >= 0')
         for name in ('horizon', 'max_steps'):
             if getattr(self, name) < 1:
                 raise ValueError(f'mpc_only: {name} = {getattr(self, name)!r}; expected an integer >= 1')
+        if self.dt * self.horizon < 0.2:  # shorter ones do not see their own braking and circle the goal
+            raise ValueError(f'mpc_only: dt * horizon = {self.dt * self.horizon:g} s; expected at least 0.2 s')
         if not np.isfinite(self.goal).all():
-            raise ValueError(f'mpc_only: goal = {self.goal!r}; expected x, y, z, yaw')
+            raise ValueError(f'mpc_only: goal = {self.goal!r}; expected finite x, y, z, yaw')
 
 
 @dataclass(frozen=True)
@@ -87,19 +92,22 @@ class MpcOnly:
         self.dt, self.horizon = s.dt, s.horizon
         frame = Airframe.load(s.airframe) if s.airframe else Airframe()
         speed, free = [s.max_speed] * 3, [float('inf')] * 3
-        Q = [s.position_weight] * 3 + [s.attitude_weight] * 3 + [s.velocity_weight] * 3 + [s.rate_weight] * 3
+        weights = s.position_weight, s.attitude_weight, s.velocity_weight, s.rate_weight
+        Q = [weight for weight in weights for _ in range(3)]
+        lowest, highest = frame.thrust_min / frame.hover_thrust, frame.thrust_max / frame.hover_thrust
         self.problem = Problem(
             Crazyflie(frame), s.dt, s.horizon, Q=Q, R=[s.input_weight] * 4, Qf=[3.0 * q for q in Q],
-            u_low=[frame.thrust_min / frame.hover_thrust] * 4, u_high=[frame.thrust_max / frame.hover_thrust] * 4,
+            u_low=[lowest] * 4, u_high=[highest] * 4,
             x_low=[-np.inf, -np.inf, s.floor, *[-np.inf] * 3, *[-v for v in speed], *[-np.inf] * 3],
             x_high=[*free, *free, *speed, *free])
-        self._solver = al.Settings(mu_0=1e4, iterations=10, gn_steps=8, max_steps=s.max_steps, elastic=s.softness,
-                                   feasibility=1e-3, optimality=1e-3)
+        self._solver = al.Settings(mu_0=1e4, iterations=10, gn_steps=8, max_steps=s.max_steps,
+                                   elastic=s.softness, feasibility=1e-3, optimality=1e-3)
         yaw = s.goal[3]
-        self._turn = np.array([[np.cos(yaw), np.sin(yaw), 0.0], [-np.sin(yaw), np.cos(yaw), 0.0], [0.0, 0.0, 1.0]])
         self._unturn = rotation.from_yaw(yaw)  # from the turned frame to the world
+        self._turn = rotation.rotate(self._unturn, np.eye(3))  # rows: the turned axes; world to turned frame
         self._goal = self._turn @ np.array(s.goal[:3])
         self._fan = _fan()
+        jacobian_function(self.problem.equations)  # generate now, not in the first plan
 
     @classmethod
     def from_settings(cls, settings: dict) -> MpcOnly:
@@ -110,18 +118,18 @@ class MpcOnly:
              warm_start: WarmStart | None = None) -> tuple[Plan | None, WarmStart | None, PolicyStatus]:
         """See `deqmpc.policies.base.Policy.plan`."""
         _check_shapes(state, obstacles)
-        K = len(obstacles.radius)
         if not state.is_finite() or abs(np.linalg.norm(state.quaternion) - 1.0) > 0.1:
-            return None, None, PolicyStatus(False, 'state is not finite or its quaternion not of unit length', 0,
-                                            float('nan'))
-        if not all(np.isfinite(a).all() for a in (obstacles.position, obstacles.radius, obstacles.velocity)) or (
-                obstacles.velocity.any() and not np.isfinite(obstacles.stamp)):
-            return None, None, PolicyStatus(False, 'an obstacle is not finite', 0, float('nan'))
+            return _refused('the state is not finite or its quaternion not of unit length')
+        moving = obstacles.velocity.any()
+        if not all(np.isfinite(a).all() for a in (obstacles.position, obstacles.radius, obstacles.velocity,
+                                                  obstacles.stamp if moving else 0.0)):
+            return _refused('an obstacle is not finite')
 
         x_init, yaw = self._turned(state)
         times = self.dt * np.arange(self.horizon + 1)
-        ahead = state.stamp + times - obstacles.stamp if obstacles.velocity.any() else 0.0 * times
-        centers = (obstacles.position + ahead[:, None, None] * obstacles.velocity) @ self._turn.T  # (T+1, K, 3)
+        ahead = state.stamp + times - obstacles.stamp if moving else 0.0 * times
+        centers = obstacles.position + ahead[:, None, None] * obstacles.velocity  # (T+1, K, 3)
+        centers = centers @ self._turn.T
         radii = obstacles.radius + self.settings.margin
         x_ref = self._reference(x_init, yaw, centers, radii)
 
@@ -130,17 +138,16 @@ class MpcOnly:
                 x_init, x_ref, np.ones((self.horizon, 4)), centers, radii)))
             solution = al.solve(self.problem, data, self._start(state.stamp, x_init, x_ref, warm_start, data),
                                 self._solver)
-            x, u = solution.x[0].numpy(), solution.u[0].numpy()
+            x, u = solution.x[0].numpy().copy(), solution.u[0].numpy()
+            x[0] = x_init  # to the last digit; what the solver left open is in `defect`
             residual = max(float(solution.defect[0]), float(self._input_violation(u)))
         status = solution.status_of(0)
-        given_way = max(0.0, float(solution.violation[0]))
-        ok = status is not al.Status.NOT_FINITE and residual <= 1e-2
         message = status.value
         if status is al.Status.INFEASIBLE:
-            message = f'soft constraints gave way by {given_way:.3f} m or m/s'
-        report = PolicyStatus(bool(ok), message if K else message, int(solution.steps[0]), residual)
-        if not np.isfinite(x).all():
-            return None, None, PolicyStatus(False, message, int(solution.steps[0]), float('nan'))
+            message = f'margin, floor or speed limit gave way by {float(solution.violation[0]):.3f} m or m/s'
+        report = PolicyStatus(bool(residual <= 1e-2), message, int(solution.steps[0]), residual)
+        if not np.isfinite(x).all():  # cannot be flown, and must not seed the next call
+            return None, None, report
         return self._plan(state, times, x, u), WarmStart(state.stamp, solution.warm_start), report
 
     def _turned(self, state) -> tuple[np.ndarray, float]:
@@ -165,18 +172,19 @@ class MpcOnly:
             step = min(speed * self.dt, left)
             p, left = p + step * direction, left - step
         heading = np.sign(yaw) * np.maximum(abs(yaw) - s.yaw_rate * self.dt * np.arange(self.horizon + 1), 0.0)
-        ref[:, 5] = np.tan(heading / 4.0)
+        ref[:, 5], ref[:, 11] = np.tan(heading / 4.0), -np.sign(heading) * s.yaw_rate
         return ref
 
     def _free_direction(self, p, direction, length, centers, radii) -> np.ndarray:
-        """The direction of the fan around `direction` with the least deflection whose ray of `length` (m) keeps
-        `radii` (K,) from the spheres; the one that keeps most where none does."""
+        """The direction of the fan around `direction` with the least deflection whose ray of `length` (m)
+        keeps `radii` (K,) from the spheres; the one that keeps most where none does."""
         if len(radii) == 0:
             return direction
         fan = self._fan @ _frame_along(direction).T  # (F, 3), by increasing deflection
         offset = centers[0] - p  # (K, 3)
         along = np.clip(fan @ offset.T, 0.0, length)  # (F, K)
-        nearest = np.sqrt(np.maximum((offset ** 2).sum(1) - 2.0 * along * (fan @ offset.T) + along ** 2, 0.0))
+        squared = (offset ** 2).sum(1) + along * (along - 2.0 * (fan @ offset.T))
+        nearest = np.sqrt(np.maximum(squared, 0.0))
         # a sphere whose margin we are in already only blocks the rays that lead farther into it
         needed = np.minimum(radii, np.linalg.norm(offset, axis=1) - 1e-6)
         slack = (nearest - needed).min(axis=1)
@@ -213,8 +221,12 @@ class MpcOnly:
         rate = np.stack(self.problem.equations.derivative(x.T, np.vstack([u, u[-1:]]).T)[6:9], axis=-1)
         quaternion = rotation.multiply(self._unturn, rotation.quaternion_from_mrp(x[:, 3:6]))
         return Plan(stamp=state.stamp, time_from_start=times, position=x[:, :3] @ back.T,
-                    quaternion=rotation.normalize(quaternion), velocity=x[:, 6:9] @ back.T, rates=x[:, 9:12].copy(),
-                    acceleration=rate @ back.T)
+                    quaternion=rotation.normalize(quaternion), velocity=x[:, 6:9] @ back.T,
+                    rates=x[:, 9:12].copy(), acceleration=rate @ back.T)
+
+
+def _refused(message):
+    return None, None, PolicyStatus(False, message, 0, float('nan'))
 
 
 def _fan() -> np.ndarray:
