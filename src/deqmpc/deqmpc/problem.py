@@ -55,8 +55,8 @@ class Problem:
     """Dynamics, horizon, weights and constraints, shared by all instances.
 
     Q (n,), R (m,), Qf (n,) are the diagonal weights (Q, Qf >= 0, R > 0); x_low, x_high (n,) and u_low, u_high (m,)
-    the bounds, infinite by default; `position` the indices of x that the spheres act on. ValueError names a
-    number that cannot be used.
+    the bounds, infinite by default; `position` the consecutive indices of x that the spheres act on. ValueError
+    names a number that cannot be used.
     """
 
     def __init__(self, equations: Equations, dt: float, horizon: int, Q: Sequence[float], R: Sequence[float],
@@ -80,11 +80,10 @@ class Problem:
         high = torch.cat([_vector('x_high', x_high, n, INF), _vector('u_high', u_high, m, INF)])
         if not (low < high).all():
             raise ValueError(f'lower bounds {low.tolist()} must be below upper bounds {high.tolist()}')
-        self.position = list(position)
-        if not all(0 <= i < n for i in self.position):
-            raise ValueError(f'position = {self.position}; expected indices of a state of {n} numbers')
-        self._spot = (slice(self.position[0], self.position[-1] + 1)
-                      if self.position == list(range(self.position[0], self.position[-1] + 1)) else self.position)
+        first, last = (position[0], position[-1] + 1) if len(position) else (0, 0)
+        if list(position) != list(range(first, last)) or not 0 <= first < last <= n:
+            raise ValueError(f'position = {position}; expected consecutive indices of a state of {n} numbers')
+        self.position = slice(first, last)
         # rows of `sign` pick the bounded components of (x_{t+1}, u_t): h = sign z - limit
         above, below = torch.isfinite(high).nonzero()[:, 0], torch.isfinite(low).nonzero()[:, 0]
         eye = torch.eye(n + m, dtype=torch.float64)
@@ -104,7 +103,7 @@ class Problem:
                   Qf: Tensor | None = None) -> Instances:
         """Check and complete a batch. centers (B, K, d) stand still, (B, T+1, K, d) move; radii (B, K) or (K,);
         Q, R, Qf (B, .) or (.,) replace the problem's weights. ValueError names argument, got and expected."""
-        n, m, T, d = self.n, self.m, self.horizon, len(self.position)
+        n, m, T, d = self.n, self.m, self.horizon, self.position.stop - self.position.start
         _check('x_init', x_init, [('B', n)])
         B = x_init.shape[0]
         _check('x_ref', x_ref, [(B, T + 1, n)])
@@ -149,7 +148,7 @@ class Problem:
         """h, and p - o (..., B, T, K, d), from which the spheres' gradients -(p - o) / r follow."""
         sign, limit = self.constants(x)
         bounds = torch.cat([x[..., 1:, :], u], dim=-1) @ sign.T - limit
-        offset = x[..., 1:, self._spot].unsqueeze(-2) - data.centers[:, 1:]
+        offset = x[..., 1:, self.position].unsqueeze(-2) - data.centers[:, 1:]
         r, inverse = radius_and_inverse(data.radii)
         spheres = torch.addcmul(r, offset.square().sum(-1), inverse, value=-1.0)
         return torch.cat([bounds, spheres], dim=-1), offset

@@ -42,7 +42,7 @@ class Status(enum.Enum):
     CONVERGED = 'converged: constraints and optimality within tolerance'
     ITERATION_LIMIT = 'iteration limit reached before the tolerances'
     INFEASIBLE = 'infeasible: constraints stay violated at the largest penalty'
-    SINGULAR = 'singular: no regularisation made the step a descent direction'
+    SINGULAR = 'singular: no regularisation gave a step that improves'
     NOT_FINITE = 'not finite: the instance or its warm start holds NaN or infinity'
 
 
@@ -218,7 +218,7 @@ def _stage_terms(problem: Problem, data: Instances, point: _Point, v: Tensor, a:
     v (B, T, C) and weights a (B, T, C) of the residuals' outer products. Inputs of stage T are empty."""
     B, T, n, m = point.x.shape[0], problem.horizon, problem.n, problem.m
     sign, limit = problem.constants(point.x)
-    bounds, d = len(limit), len(problem.position)
+    bounds = len(limit)
     s, weight = point.x.new_zeros(B, T + 1, n + m), point.x.new_zeros(B, T + 1, n + m)
     weight[:, :T, :n] = data.Q.unsqueeze(1)
     weight[:, T, :n] = data.Qf
@@ -236,18 +236,18 @@ def _stage_terms(problem: Problem, data: Instances, point: _Point, v: Tensor, a:
     if data.radii.shape[1]:
         _, inverse = radius_and_inverse(data.radii)
         slope = point.offset * (-2.0 * inverse).unsqueeze(-1)  # dh/dp
-        at = problem.position
-        push = (v[..., bounds:].unsqueeze(-2) @ slope).squeeze(-2)
-        outer = (slope * a[..., bounds:].unsqueeze(-1)).transpose(-1, -2) @ slope
-        if at == list(range(at[0], at[0] + d)):
-            s[:, 1:, at[0]:at[0] + d] += push
-            H[:, 1:, at[0]:at[0] + d, at[0]:at[0] + d] += outer
-        else:
-            for i in range(d):
-                s[:, 1:, at[i]] += push[..., i]
-                for j in range(d):
-                    H[:, 1:, at[i], at[j]] += outer[..., i, j]
+        s[:, 1:, problem.position] += (v[..., bounds:].unsqueeze(-2) @ slope).squeeze(-2)
+        H[:, 1:, problem.position, problem.position] += (
+            slope * a[..., bounds:].unsqueeze(-1)).transpose(-1, -2) @ slope
     return s, H
+
+
+def _merit(point: _Point, lam: Tensor, eta: Tensor, mu: Tensor, rho: Tensor) -> Tensor:
+    """L, (..., B)."""
+    mu = mu.view(-1, 1, 1)
+    v = torch.minimum((lam + mu * point.h).clamp_min_(0.0), rho)
+    psi = v * point.h - (v - lam).square() / (2.0 * mu)
+    return point.cost + (point.k * (eta + (0.5 * mu) * point.k)).sum((-1, -2)) + psi.sum((-1, -2))
 
 
 def _curvature(problem: Problem, data: Instances, point: _Point, v: Tensor, y: Tensor) -> Tensor:
@@ -257,8 +257,7 @@ def _curvature(problem: Problem, data: Instances, point: _Point, v: Tensor, y: T
     C[:, :T] = problem.phi.curvature(point.x[:, :T], point.u, y[:, 1:])
     _, inverse = radius_and_inverse(data.radii)
     bend = (-2.0 * inverse * v[..., len(problem.limit):]).sum(-1)  # d^2h/dp^2 = -I/r
-    for i in problem.position:
-        C[:, 1:, i, i] += bend
+    C[:, 1:, problem.position, problem.position].diagonal(dim1=2, dim2=3).add_(bend.unsqueeze(-1))
     return C
 
 
@@ -324,13 +323,6 @@ class _Solver:
             for name in ('lam', 'eta', 'mu', 'reg', 'inner', 'outer', 'steps', 'failures', 'last', 'decrement'):
                 setattr(self, name, getattr(self, name)[keep])
 
-    def merit(self, cost, k, h):
-        """L, (..., B)."""
-        mu = self.mu.view(-1, 1, 1)
-        v = torch.minimum((self.lam + mu * h).clamp_min_(0.0), self.rho)
-        psi = v * h - (v - self.lam).square() / (2.0 * mu)
-        return cost + (k * (self.eta + (0.5 * mu) * k)).sum((-1, -2)) + psi.sum((-1, -2))
-
     def direction(self):
         """dx, du, slope and whether the factorisation exists, at the current point."""
         problem, point = self.problem, self.point
@@ -364,19 +356,14 @@ class _Solver:
         """One Gauss-Newton step of every sample; returns which ones are finished, with their status set."""
         problem, settings, point = self.problem, self.settings, self.point
         dx, du, slope, ok = self.direction()
-        merit = self.merit(point.cost, point.k, point.h)
-        noise = 10.0 * self.eps * (merit.abs() + point.cost.abs() + 1.0)
-
-        def accepted(trial, fraction):
-            new = self.merit(trial.cost, trial.k, trial.h)
-            return new <= merit + settings.armijo * fraction * slope + noise
-
+        merit = _merit(point, self.lam, self.eta, self.mu, self.rho)
+        limit = merit + 10.0 * self.eps * (merit.abs() + point.cost.abs() + 1.0)  # rounding must not stop it
         moved = _Point.at(problem, self.data, point.x + dx, point.u + du)
-        took = accepted(moved, 1.0) & ok
+        took = ok & (_merit(moved, self.lam, self.eta, self.mu, self.rho) <= limit + settings.armijo * slope)
         self.point = point.merged(took, moved) if not took.all() else moved
         short = (~took & ok).nonzero()[:, 0]
         if len(short):
-            self.backtrack(short, point, dx, du, merit, slope, noise, took)
+            self.backtrack(short, point, dx, du, slope, limit, took)
         self.steps += 1
         self.inner += 1
         self.decrement = torch.where(ok, (-slope).clamp_min(0.0) / (1e-2 + self.point.cost.abs()), self.decrement)
@@ -386,26 +373,21 @@ class _Solver:
         self.failures = torch.where(took, 0, self.failures + 1)
         return self.update_multipliers(ok)
 
-    def backtrack(self, short, point, dx, du, merit, slope, noise, took):
+    def backtrack(self, short, point, dx, du, slope, limit, took):
         """Step lengths 1/2, 1/4, ... of the samples `short`, all at once; the longest accepted one is taken."""
-        settings = self.settings
         f = self.fractions.view(-1, 1, 1, 1)
-        data = self.data[short]
-        trial = _Point.at(self.problem, data, point.x[short] + f * dx[short], point.u[short] + f * du[short])
-        lam, eta, mu = self.lam, self.eta, self.mu
-        self.lam, self.eta, self.mu = lam[short], eta[short], mu[short]
-        new = self.merit(trial.cost, trial.k, trial.h)  # (fractions, short)
-        self.lam, self.eta, self.mu = lam, eta, mu
-        limit = merit[short] + settings.armijo * self.fractions.view(-1, 1) * slope[short] + noise[short]
-        good = new <= limit
+        trial = _Point.at(self.problem, self.data[short], point.x[short] + f * dx[short],
+                          point.u[short] + f * du[short])
+        merit = _merit(trial, self.lam[short], self.eta[short], self.mu[short], self.rho)  # (fractions, short)
+        good = merit <= limit[short] + self.settings.armijo * self.fractions.view(-1, 1) * slope[short]
         any_good = good.any(dim=0)
         first = good.to(torch.int8).argmax(dim=0)
         rows = torch.arange(len(short), device=first.device)
         chosen = trial.map(lambda v: v[first, rows])
         at = short[any_good]
         took[at] = True
-        for f in fields(_Point):
-            getattr(self.point, f.name)[at] = getattr(chosen, f.name)[any_good]
+        for field in fields(_Point):
+            getattr(self.point, field.name)[at] = getattr(chosen, field.name)[any_good]
 
     def update_multipliers(self, ok):
         """Multipliers and penalty of the samples whose inner problem is done; the finished ones."""
@@ -431,7 +413,7 @@ class _Solver:
         # of the finished: soft constraints that gave way
         broken = (p.h.flatten(1).amax(dim=1) > settings.feasibility) if p.h.shape[2] else torch.zeros_like(done)
         limit = due & ~done & ((self.outer >= settings.iterations) | (self.steps >= settings.max_steps))
-        hopeless = (self.mu >= settings.mu_max) & (violation > settings.feasibility)
+        hopeless = (self.mu >= settings.mu_max) & (violation > settings.feasibility) & (violation > 0.5 * self.last)
         self.status = torch.where(done, torch.where(broken, _INFEASIBLE, _CONVERGED),
                                   torch.where(stuck, _SINGULAR, torch.where(hopeless, _INFEASIBLE, _LIMIT)))
         grow = due & (violation > settings.feasibility) & (violation > settings.progress * self.last)
