@@ -245,7 +245,7 @@ def read_obstacles(msg: Any, previous: Obstacles | None = None) -> Obstacles:
     position = np.array([_xyz(m.pose.position) for m in spheres]).reshape(-1, 3)
     radius = np.array([0.5 * m.scale.x for m in spheres], dtype=float)
     if not np.isfinite(position).all() or not (np.isfinite(radius) & (radius > 0)).all():
-        bad = next(m.id for m, p, r in zip(spheres, position, radius)
+        bad = next(m.id for m, p, r in zip(spheres, position, radius, strict=True)
                    if not (np.isfinite(p).all() and np.isfinite(r) and r > 0))
         raise ValueError(f'obstacle marker {bad}: position must be finite and diameter > 0')
     velocity = np.zeros_like(position)
