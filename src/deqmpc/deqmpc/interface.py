@@ -74,7 +74,9 @@ POLICY_KEYS = (
     'policy', 'tick',  # name; count of ticks since start
     'status',  # solver status in words, 'ok' when converged
     'gate',  # accepted | reason of refusal (a refused plan is not published)
-    'solve_ms', 'latency_ms',  # policy call; odometry stamp to plan published
+    'solve_ms',  # the policy call
+    'tick_ms',  # the instant the tick was due to plan published
+    'latency_ms',  # odometry stamp to plan published
     'iterations', 'residual', 'deadline_misses',
 )
 

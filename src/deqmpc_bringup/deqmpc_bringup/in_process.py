@@ -277,7 +277,7 @@ class InProcessTrial:
             self._write(interface.DIAGNOSTICS, interface.diagnostics_message(
                 self._types, self.now, f'{self.robot}/policy',
                 interface.OK if tick.gate == ACCEPTED else interface.WARN, tick.gate,
-                tick.values(self._loop.policy.name, latency), self.robot))
+                tick.values(self._loop.policy.name, self.now, latency), self.robot))
             self._tick = tick.number
         self._at(self.now + SOLVE_DELAY, arrive)
 

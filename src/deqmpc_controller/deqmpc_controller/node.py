@@ -101,7 +101,7 @@ class PolicyNode(Node):
         latency = stamp - self._loop.state.stamp if self._loop.state is not None else float('nan')
         level = interface.OK if tick.gate == ACCEPTED else interface.WARN
         self._diagnostics.publish(interface.diagnostics_message(
-            TYPES, stamp, f'{self._robot}/policy', level, tick.gate, tick.values(self._name, latency),
+            TYPES, stamp, f'{self._robot}/policy', level, tick.gate, tick.values(self._name, stamp, latency),
             hardware_id=self._robot))
         if tick.gate != self._refusal and tick.gate != ACCEPTED:
             self.get_logger().warning(f'no plan: {tick.gate}', throttle_duration_sec=1.0)

@@ -33,11 +33,14 @@ class Tick:
     iterations: int
     residual: float
     misses: int  # ticks since start that came too late or not at all
+    due: float  # s, when the tick should have come, on the clock of `now`
 
-    def values(self, policy: str, latency: float) -> dict[str, Any]:
-        """The tick under the keys of deqmpc.interface.POLICY_KEYS; `latency` in s."""
+    def values(self, policy: str, published: float, latency: float) -> dict[str, Any]:
+        """The tick under the keys of deqmpc.interface.POLICY_KEYS; `published`: when its plan had gone out
+        (s, clock of `due`); `latency` in s."""
         return {'policy': policy, 'tick': self.number, 'status': self.status, 'gate': self.gate,
-                'solve_ms': 1e3 * self.solve_time, 'latency_ms': 1e3 * latency,
+                'solve_ms': 1e3 * self.solve_time, 'tick_ms': 1e3 * (published - self.due),
+                'latency_ms': 1e3 * latency,
                 'iterations': self.iterations, 'residual': float(self.residual),
                 'deadline_misses': self.misses}
 
@@ -61,6 +64,7 @@ class PolicyLoop:
         self._number = 0
         self._misses = 0
         self._last_tick: float | None = None
+        self._due = -float('inf')
 
     def on_odometry(self, state: RigidBodyState) -> None:
         """Newest state; one older than what is held is ignored."""
@@ -101,10 +105,13 @@ class PolicyLoop:
             # A tick half a period late is counted where its predecessor's plan went stale.
             self._misses += max(0, round((now - self._last_tick) / self._settings.period) - 1)
         self._last_tick = now
+        # The schedule is the earliest that ticks have kept; after a missed one it starts anew.
+        due = self._due if 0.0 <= now - self._due <= self._settings.period else now
+        self._due = due + self._settings.period
         reason = self._not_ready(now)
         if reason:
             self._warm_start = None
-            return Tick(self._number, None, reason, 'not run', 0.0, 0, float('nan'), self._misses)
+            return Tick(self._number, None, reason, 'not run', 0.0, 0, float('nan'), self._misses, due)
         begin = self._clock()
         plan, warm_start, status = self.policy.plan(self._state, self._obstacles, self._warm_start)
         solve_time = self._clock() - begin
@@ -115,7 +122,7 @@ class PolicyLoop:
         accepted = gate == ACCEPTED
         self._warm_start = warm_start if accepted else None
         return Tick(self._number, plan if accepted else None, gate, status.message, solve_time,
-                    status.iterations, status.residual, self._misses)
+                    status.iterations, status.residual, self._misses, due)
 
     def _not_ready(self, now):
         s = self._settings

@@ -105,8 +105,16 @@ def test_moving_obstacles_must_be_fresh_and_static_ones_need_not(loop):
     assert 'moving obstacles are 5.05 s old' in loop.tick(5.05).gate
 
 
+def test_a_late_tick_is_measured_from_when_it_was_due(loop):
+    for now in (0.0, 0.1, 0.23):
+        tick = loop.tick(now)
+    assert tick.values('p', 0.25, 0.0)['tick_ms'] == pytest.approx(50.0)
+    assert loop.tick(0.3).values('p', 0.301, 0.0)['tick_ms'] == pytest.approx(1.0)
+    assert loop.tick(0.8).values('p', 0.801, 0.0)['tick_ms'] == pytest.approx(1.0)  # missed ticks: a new schedule
+
+
 def test_a_tick_reports_every_key_of_the_interface(loop):
-    assert set(loop.tick(0.0).values('p', 0.01)) == set(POLICY_KEYS)
+    assert set(loop.tick(0.0).values('p', 0.002, 0.01)) == set(POLICY_KEYS)
 
 
 def test_mpc_only_plans_ticks_in_closed_loop_through_the_gate():

@@ -68,6 +68,8 @@ class Evaluation:
     tracking_max: float = math.nan
     solve_ms_p50: float = math.nan
     solve_ms_p99: float = math.nan
+    tick_ms_p50: float = math.nan
+    tick_ms_p99: float = math.nan
     latency_ms_p50: float = math.nan
     latency_ms_p99: float = math.nan
     ticks: int = 0
@@ -242,7 +244,7 @@ def _judge_wires(result, flight, settings, start, end):
     """Timing of policy and mocap in [start, end)."""
     ticks = flight.ticks.between(start, end)
     result.ticks = len(ticks.t)
-    for name in ('solve_ms', 'latency_ms'):
+    for name in ('solve_ms', 'tick_ms', 'latency_ms'):
         values = getattr(ticks, name)
         setattr(result, f'{name}_p50', metrics.percentile(values, 50))
         setattr(result, f'{name}_p99', metrics.percentile(values, 99))

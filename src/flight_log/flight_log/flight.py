@@ -56,6 +56,7 @@ class Ticks:
     t: np.ndarray  # (N,) s, the end of the tick's work
     number: np.ndarray  # (N,) count since the policy's start
     solve_ms: np.ndarray  # (N,) NaN where the policy was not called
+    tick_ms: np.ndarray  # (N,) the instant the tick was due to plan published
     latency_ms: np.ndarray  # (N,) odometry stamp to plan published
     deadline_misses: np.ndarray  # (N,) counter
     gate: list[str]
@@ -63,8 +64,8 @@ class Ticks:
     def between(self, start: float, end: float) -> Ticks:
         """The ticks with start <= t < end."""
         keep = (self.t >= start) & (self.t < end)
-        return Ticks(self.t[keep], self.number[keep], self.solve_ms[keep], self.latency_ms[keep],
-                     self.deadline_misses[keep], [g for g, k in zip(self.gate, keep, strict=True) if k])
+        arrays = (self.t, self.number, self.solve_ms, self.tick_ms, self.latency_ms, self.deadline_misses)
+        return Ticks(*(a[keep] for a in arrays), [g for g, k in zip(self.gate, keep, strict=True) if k])
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def load_flight(path: str | Path, robot: str = '') -> Flight:
     names = {t.resolve(robot): t for t in _READ}
     wanted = [n for n, t in names.items() if info.topics.get(n) == t.type]
     states = {t: _Gather(14) for t in (interface.ODOM, interface.POSE, interface.SETPOINT)}
-    ticks, plans = _Gather(5), []
+    ticks, plans = _Gather(6), []
     status: list[tuple[float, FlightStatus]] = []
     gates: list[str] = []
     fields: list[tuple[float, Obstacles]] = []
@@ -172,7 +173,7 @@ def load_flight(path: str | Path, robot: str = '') -> Flight:
                             _number(v.get('battery_v')), _bits(v.get('supervisor')))))
                     elif d.name == f'{robot}/policy':
                         ticks.add(log, d.stamp, *(_number(v.get(k)) for k in (
-                            'tick', 'solve_ms', 'latency_ms', 'deadline_misses')))
+                            'tick', 'solve_ms', 'tick_ms', 'latency_ms', 'deadline_misses')))
                         gates.append(v.get('gate', ''))
         except ValueError as error:
             broken.setdefault(name, str(error))
@@ -202,7 +203,7 @@ def load_flight(path: str | Path, robot: str = '') -> Flight:
         path=Path(path), robot=robot, torn=info.torn, metadata=info.metadata, odom=arrays[interface.ODOM],
         pose=arrays[interface.POSE], setpoint=arrays[interface.SETPOINT],
         status=sorted((s for _, s in status), key=lambda s: s.t),
-        ticks=Ticks(t[:, 0], t[:, 1], t[:, 2], t[:, 3], t[:, 4], [gates[i] for i in order]),
+        ticks=Ticks(t[:, 0], t[:, 1], t[:, 2], t[:, 3], t[:, 4], t[:, 5], [gates[i] for i in order]),
         plans=Plans(np.array([log for log, _ in plans]), [p for _, p in plans]),
         spheres=SphereTrack.of([f for _, f in fields],
                                [log if use_log or len(f.radius) == 0 else f.stamp for log, f in fields]),

@@ -117,7 +117,7 @@ def _tick(trial, put, robot, stamp, tick, position):
     put(interface.DIAGNOSTICS, stamp, interface.diagnostics_message(
         TYPES, stamp, f'{robot}/policy', interface.OK, '', {
             'policy': 'mpc_only', 'tick': tick, 'status': 'ok', 'gate': gate, 'solve_ms': solve,
-            'latency_ms': solve + 5.0, 'iterations': 4, 'residual': 1e-4,
+            'tick_ms': solve + 1.0, 'latency_ms': solve + 5.0, 'iterations': 4, 'residual': 1e-4,
             'deadline_misses': trial.misses(tick)}))
 
 

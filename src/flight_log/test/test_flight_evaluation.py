@@ -36,7 +36,7 @@ def test_a_good_trial_has_the_return_clearance_and_tracking_of_its_closed_form(t
     assert e.min_clearance_sphere == 1
     assert e.tracking_rms == pytest.approx(0.05, abs=1e-6) and e.tracking_max == pytest.approx(0.05, abs=1e-6)
     assert e.final_max == pytest.approx(np.linalg.norm(start - GOAL) * np.exp(-19 / tau), rel=0.05)
-    assert (e.solve_ms_p50, e.latency_ms_p99) == (20.0, 25.0)
+    assert (e.solve_ms_p50, e.tick_ms_p50, e.latency_ms_p99) == (20.0, 21.0, 25.0)
     assert e.deadline_misses == e.missed_ticks == e.rejected_plans == 0
     assert e.ticks_without_plan == e.mocap_gaps == 0
     assert e.mocap_rate == pytest.approx(100.0, rel=1e-3) and e.battery_min_v == 4.0
