@@ -1,0 +1,195 @@
+"""DEQ-MPC and Diff-MPC: a network and an MPC solver in turns, batched and differentiable.
+
+For i = 1..N, from tau^0 = (x_init at every knot, u_ref), or from the last control step's plan:
+
+  DEQ-MPC   theta^i = NN(x_init, spheres, tau^{i-1})      tau^i = MPC-m(theta^i, tau^{i-1})
+  Diff-MPC  theta   = NN(x_init, spheres, tau^0), once    tau   = MPC to convergence
+
+MPC-m is m augmented-Lagrangian (AL) iterations of deqmpc.solvers.augmented_lagrangian on the tracking problem
+(deqmpc.problem) with x_ref = theta; trajectory, multipliers and penalty are carried from one i to the next. With the
+network of kind `deq` the equilibrium z is carried too. That makes the four variants {DEQ-MPC, Diff-MPC} x {DEQ, NN}
+of one solver and one network.
+
+Penalty. Cold: mu_0, times gamma after every AL iteration up to mu_max. Warm, in the receding horizon: tau (and z) are
+shifted by one knot, the multipliers are zero, and mu starts at mu_max / gamma^(AL iterations to come - 1), so that the
+last one runs at mu_max. With N = 1 and m = 2 that is the 1e7, 1e8 of the authors' code.
+
+Gradient. Every iterate carries its implicit gradient at its own penalty (smooth early, sharp late); losses are taken
+on all of them:  sum_i |x^i - x_expert|_1 + 0.1 |theta^i - x_expert|_1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from deqmpc.networks.temporal import Prediction, TemporalNetwork
+from deqmpc.problem import Instances, Problem
+from deqmpc.solvers import augmented_lagrangian as al
+
+METHODS = ('deq_mpc', 'diff_mpc')
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the method. Defaults are the paper's and its code's."""
+
+    method: str = 'deq_mpc'  # deq_mpc or diff_mpc
+    iterations: int = 6  # N of a cold start; diff_mpc has one
+    warm_iterations: int = 1  # N of a warm-started control step
+    al_iterations: int = 2  # m
+    gn_steps: int = 4  # Gauss-Newton steps at most in one AL iteration
+    converged_al_iterations: int = 10  # at most in the one solve of diff_mpc
+    mu_0: float = 1.0  # penalty of a cold start
+    gamma: float = 10.0  # its factor after an AL iteration
+    mu_max: float = 1e8  # its largest value
+    softness: float = float('inf')  # largest multiplier of a constraint on the state; finite: soft constraints
+    tolerance: float = 1e-4  # on defects, violations and optimality, at which a sample stops
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f'method = {self.method!r}; expected one of {", ".join(METHODS)}')
+        for name in ('iterations', 'warm_iterations', 'al_iterations', 'gn_steps', 'converged_al_iterations'):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f'{name} = {value!r}; expected an integer >= 1')
+        if not 0.0 < self.mu_0 <= self.mu_max < float('inf') or not self.gamma > 1.0:
+            raise ValueError(f'mu_0 = {self.mu_0}, gamma = {self.gamma}, mu_max = {self.mu_max}; expected '
+                             f'0 < mu_0 <= mu_max and gamma > 1')
+        for name in ('softness', 'tolerance'):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number > 0')
+
+    def solver(self) -> al.Settings:
+        """The solver's settings for one MPC-m, or for the one solve of Diff-MPC."""
+        count = self.al_iterations if self.method == 'deq_mpc' else self.converged_al_iterations
+        return al.Settings(iterations=count, gn_steps=self.gn_steps, mu_0=self.mu_0, gamma=self.gamma,
+                           mu_max=self.mu_max, progress=0.0, feasibility=self.tolerance, optimality=self.tolerance,
+                           elastic=self.softness)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What one control step leaves for the next."""
+
+    solver: al.WarmStart
+    z: Tensor | None  # (B, h, T) equilibrium of the network, where it has one
+
+    def shifted(self, steps: int = 1) -> WarmStart:
+        """Advanced by `steps` knots, the last knot repeated."""
+        z = self.z
+        if z is not None and steps:
+            z = torch.cat([z[..., steps:], z[..., -1:].expand(-1, -1, min(steps, z.shape[-1]))], dim=-1)
+        return WarmStart(self.solver.shifted(steps), z)
+
+
+@dataclass
+class Iterates:
+    """What a call went through, one entry an iterate. Tensors of plans carry gradients."""
+
+    theta: list[Tensor] = field(default_factory=list)  # (B, T+1, n) network
+    x: list[Tensor] = field(default_factory=list)  # (B, T+1, n) solver, its type
+    u: list[Tensor] = field(default_factory=list)  # (B, T, m)
+    predictions: list[Prediction] = field(default_factory=list)
+    solutions: list[al.Solution] = field(default_factory=list)
+    warm_start: WarmStart | None = None
+
+    def usable(self, i: int) -> Tensor:
+        """(B,) bool: iterate i is finite and has a gradient."""
+        solution = self.solutions[i]
+        return self.predictions[i].ok & torch.isfinite(solution.cost) & solution.differentiable
+
+    def counts(self) -> dict[str, int]:
+        """How many samples, over all iterates, fell short of what: for logs."""
+        return {
+            'fixed_point_unconverged': sum(int((p.ok & ~p.converged).sum()) for p in self.predictions),
+            'network_not_finite': sum(int((~p.ok).sum()) for p in self.predictions),
+            'solver_not_finite': sum(int((~torch.isfinite(s.cost)).sum()) for s in self.solutions),
+            'no_gradient': sum(int((torch.isfinite(s.cost) & ~s.differentiable).sum()) for s in self.solutions),
+            'last_unconverged': int((~self.solutions[-1].converged).sum()),
+        }
+
+
+class DeqMpc(nn.Module):
+    """The joint model. `problem` and `settings` may be exchanged at run time: the weights do not depend on them."""
+
+    def __init__(self, problem: Problem, network: TemporalNetwork, settings: Settings = Settings()):
+        super().__init__()
+        s = network.settings
+        for name, mine, its in (('n', s.n, problem.n), ('horizon', s.horizon, problem.horizon)):
+            if mine != its:
+                raise ValueError(f'the network has {name} = {mine}, the problem {its}')
+        if s.spheres and s.spatial != len(problem.position):
+            raise ValueError(f'the network has spatial = {s.spatial}, the problem acts on {len(problem.position)} '
+                             f'numbers of the state')
+        self.problem, self.network, self.settings = problem, network, settings
+
+    def forward(self, x_init: Tensor, u_ref: Tensor, centers: Tensor | None = None, radii: Tensor | None = None,
+                warm_start: WarmStart | None = None, iterations: int | None = None) -> Iterates:
+        """Plan for a batch. x_init (B, n); u_ref (B, T, m) inputs that cost nothing; spheres centers (B, K, d) or
+        (B, T+1, K, d), radii (B, K), in the solver's type (float64). `warm_start` is taken as it stands: shift it
+        first. `iterations` replaces the settings' N. ValueError for wrong shapes, never an error for numbers."""
+        s, T = self.settings, self.problem.horizon
+        count = iterations or (s.iterations if warm_start is None else s.warm_iterations)
+        if s.method == 'diff_mpc':
+            count = 1
+        data = self.problem.instances(x_init, x_init.unsqueeze(1).expand(-1, T + 1, -1), u_ref, centers, radii)
+        settings = s.solver()
+        if warm_start is None:
+            start, z = al.cold_start(self.problem, data, settings), None
+        else:
+            start, z = self._warm(warm_start, data, settings, count), warm_start.z
+        tau = start.x
+        made = Iterates()
+        for i in range(count):
+            look_at = x_init.unsqueeze(1).expand_as(tau) if s.method == 'diff_mpc' else tau
+            prediction = self.network(x_init, look_at, data.centers, data.radii, z)
+            aim = replace(data, x_ref=prediction.theta.to(x_init.dtype))
+            solution = al.solve(self.problem, aim, start, settings)
+            made.theta.append(prediction.theta)
+            made.x.append(solution.x)
+            made.u.append(solution.u)
+            made.predictions.append(prediction)
+            made.solutions.append(solution)
+            tau, z = solution.x, prediction.z
+            start = self._carried(solution, start)
+            if i + 1 < count:
+                start = replace(start, mu=torch.where(solution.converged, start.mu, start.mu * s.gamma).clamp_max(
+                    s.mu_max))
+        made.warm_start = WarmStart(start, z)
+        return made
+
+    def _warm(self, warm_start: WarmStart, data: Instances, settings: al.Settings, count: int) -> al.WarmStart:
+        """tau from before, first knot on x_init; multipliers zero; the penalty high enough for what is to come."""
+        s, old = self.settings, warm_start.solver
+        cold = al.cold_start(self.problem, data, settings)
+        to_come = count * s.al_iterations if s.method == 'deq_mpc' else s.al_iterations
+        x = torch.cat([cold.x[:, :1], old.x[:, 1:]], dim=1)
+        mu = max(s.mu_max / s.gamma ** (to_come - 1), s.mu_0)
+        return replace(cold, x=x, u=old.u, mu=torch.full_like(cold.mu, mu))
+
+    @staticmethod
+    def _carried(solution: al.Solution, before: al.WarmStart) -> al.WarmStart:
+        """The solver's state; where it is not finite, the one before."""
+        known = torch.isfinite(solution.cost)
+        return al.WarmStart(*(torch.where(known.view(-1, *[1] * (new.dim() - 1)), new, old)
+                              for new, old in zip(solution.warm_start.tensors(), before.tensors(), strict=True)))
+
+
+def imitation_loss(iterates: Iterates, x_expert: Tensor, network_share: float = 0.1) -> tuple[Tensor, int]:
+    """Mean over samples of sum_i |x^i - x_expert|_1 + network_share |theta^i - x_expert|_1 (sums over knots and
+    states), x_expert (B, T+1, n), and how many (sample, iterate) pairs were left out because they are not finite or
+    have no gradient."""
+    total, left_out = x_expert.new_zeros(()), 0
+    for i, (x, theta) in enumerate(zip(iterates.x, iterates.theta, strict=True)):
+        usable = iterates.usable(i)
+        left_out += int((~usable).sum())
+        rows = usable.nonzero()[:, 0]
+        if len(rows) < len(usable):
+            x, theta, target = x[rows], theta[rows], x_expert[rows]
+        else:
+            target = x_expert
+        total = total + ((x - target).abs().sum() + network_share * (theta.to(target) - target).abs().sum())
+    return total / x_expert.shape[0], left_out
