@@ -1,0 +1,164 @@
+"""C code of one dynamics, generated from its component-wise definition (deqmpc.dynamics.equations).
+
+The generated text stands before solver.c in one translation unit and defines N, M, SPACE, POSITION and
+
+  void rk4_linearize(const vec *x, const vec *u, double h, vec *next, vec *F)
+
+over `vec`, a vector of LANES doubles: each lane is a knot. F holds the structurally non-zero entries of
+dphi/d(x, u) in the order of F_ROW, F_COLUMN. f and df/d(x, u) share their common subexpressions; the chain rule
+of the Runge-Kutta step (see deqmpc.dynamics.integrators) is unrolled over non-zero entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deqmpc.dynamics.equations import Equations
+
+LANES = 8  # doubles in one vector: a register of AVX-512, two of AVX2, four of NEON
+
+
+def c_source(equations: Equations, position: Sequence[int]) -> str:
+    """C text of `equations`; `position` are the indices of the state that spheres act on."""
+    n, m = equations.n, equations.m
+    make = _Writer(equations)
+    head = [
+        f'#define N {n}', f'#define M {m}', f'#define LANES {LANES}', f'#define SPACE {len(position)}',
+        f'static const int POSITION[SPACE] = {{{", ".join(map(str, position))}}};',
+        'typedef double vec __attribute__((vector_size(8 * LANES)));',
+        '#define LANEWISE(f) static inline vec lanes_##f(vec a) '
+        '{ for (int i = 0; i < LANES; i++) a[i] = f(a[i]); return a; }',
+        *(f'LANEWISE({f})' for f in _FUNCTIONS),
+    ]
+    return '\n'.join(['#include <math.h>', *head, *make.derivative(), *make.linearize(), ''])
+
+
+_FUNCTIONS = ('sin', 'cos', 'tan', 'exp', 'log', 'sqrt', 'tanh', 'asin', 'acos', 'atan')
+
+
+def _printer():
+    from sympy.printing.c import C99CodePrinter
+
+    class Printer(C99CodePrinter):
+        """Expressions over vec. All numbers are doubles with all 53 bits; powers are products."""
+
+        def _print_Float(self, expr):
+            return repr(float(expr))
+
+        def _print_Integer(self, expr):
+            return repr(float(expr))
+
+        def _print_Rational(self, expr):
+            return repr(float(expr))
+
+        def _print_NumberSymbol(self, expr):
+            return repr(float(expr))
+
+        def _print_Pow(self, expr):
+            base = self.parenthesize(expr.base, 100)
+            if expr.exp.is_Integer and 0 < abs(int(expr.exp)) <= 8:
+                product = '*'.join([base] * abs(int(expr.exp)))
+                return f'({product})' if expr.exp > 0 else f'(1.0/({product}))'
+            if expr.exp.is_Rational and expr.exp.q == 2 and abs(expr.exp.p) == 1:
+                return f'lanes_sqrt({base})' if expr.exp > 0 else f'(1.0/lanes_sqrt({base}))'
+            raise ValueError(f'cannot write {expr} in C; expected integer powers up to 8 or square roots')
+
+        def _print_Function(self, expr):
+            name = expr.func.__name__
+            if name not in _FUNCTIONS:
+                raise ValueError(f'cannot write {expr} in C; expected functions among {", ".join(_FUNCTIONS)}')
+            return f'lanes_{name}({self._print(expr.args[0])})'
+
+    return Printer().doprint
+
+
+class _Writer:
+    def __init__(self, equations):
+        import sympy
+        self.equations = equations
+        self.n, self.m = equations.n, equations.m
+        x = [sympy.Symbol(f'x{i}', real=True) for i in range(self.n)]
+        u = [sympy.Symbol(f'u{i}', real=True) for i in range(self.m)]
+        f = sympy.Matrix([sympy.sympify(e) for e in equations.derivative(x, u)])
+        J = f.jacobian([*x, *u])
+        self.nonzero = [(i, j) for i in range(self.n) for j in range(self.n + self.m) if J[i, j] != 0]
+        self.assignments, reduced = sympy.cse([*f, *(J[e] for e in self.nonzero)],
+                                              symbols=sympy.numbered_symbols('t'), order='none')
+        self.f, self.J = reduced[:self.n], reduced[self.n:]
+        self.text = _printer()
+        # sparsity of the columns of K_1 .. K_4 (dk_i/dz): J, then J + A K
+        rows = {i: [j for a, j in self.nonzero if a == i] for i in range(self.n)}
+        self.A = {i: [k for k in rows[i] if k < self.n] for i in rows}
+        self.K = [set(self.nonzero)]
+        for _ in range(3):
+            self.K.append(set(self.nonzero) | {(i, j) for i in self.A for k in self.A[i] for a, j in self.K[-1]
+                                               if a == k})
+        diagonal = {(i, i) for i in range(self.n)}
+        self.entries = sorted(self.K[3] | diagonal)
+
+    def unpack(self, names):
+        return [f'  const vec {name}{i} = {name}[{i}];' for name, size in names for i in range(size)]
+
+    def derivative(self):
+        """f and J (non-zero entries, in the order of `nonzero`) in one function."""
+        lines = ['static inline void f_and_jacobian(const vec *x, const vec *u, vec *f, vec *J) {',
+                 *self.unpack((('x', self.n), ('u', self.m))),
+                 '  const vec zero = {0}; (void)zero;']
+        lines += [f'  const vec {s} = {self.text(e)};' for s, e in self.assignments]
+        for name, values in (('f', self.f), ('J', self.J)):
+            lines += [f'  {name}[{i}] = {"zero + " if not e.free_symbols else ""}{self.text(e)};'
+                      for i, e in enumerate(values)]
+        return [*lines, '}']
+
+    def stages(self):
+        """Statements: the four stages k[i], their Jacobians J[i], stage states and sensitivities K[i]."""
+        count, size = len(self.nonzero), self.n * (self.n + self.m)
+        lines = [f'  vec k[4][N], J[4][{count}], K[4][{size}], stage[4][N];',
+                 '  for (int i = 0; i < N; i++) stage[0][i] = x[i];']
+        for s in range(4):
+            if s:
+                step = 'h' if s == 3 else '0.5 * h'
+                lines += [f'  for (int i = 0; i < N; i++) stage[{s}][i] = x[i] + ({step}) * k[{s - 1}][i];']
+            lines += [f'  f_and_jacobian(stage[{s}], u, k[{s}], J[{s}]);']
+            for i, j in sorted(self.K[s]):
+                lines.append(f'  K[{s}][{i * (self.n + self.m) + j}] = {self.chain(s, i, j)};')
+        return lines
+
+    def chain(self, s, i, j):
+        own = self.jacobian(s, i, j)
+        if s == 0:
+            return own
+        terms = []
+        for k in self.A[i]:
+            if (k, j) in self.K[s - 1]:
+                factor = self.jacobian(s, i, k)
+                terms.append(f'{factor} * K[{s - 1}][{k * (self.n + self.m) + j}]')
+        if not terms:
+            return own
+        step = 'h' if s == 3 else '0.5 * h'
+        product = f'({step}) * ({" + ".join(terms)})'
+        return f'{own} + {product}' if own else product
+
+    def jacobian(self, s, i, j):
+        return f'J[{s}][{self.nonzero.index((i, j))}]' if (i, j) in self.nonzero else ''
+
+    def linearize(self):
+        rows, columns = zip(*self.entries, strict=True)
+        lines = [f'#define F_COUNT {len(self.entries)}',
+                 f'static const short F_ROW[F_COUNT] = {{{", ".join(map(str, rows))}}};',
+                 f'static const short F_COLUMN[F_COUNT] = {{{", ".join(map(str, columns))}}};',
+                 'static void rk4_linearize(const vec *x, const vec *u, double h, vec *next, vec *F) {',
+                 *self.stages(),
+                 '  const double w = h / 6.0;',
+                 '  for (int i = 0; i < N; i++) next[i] = x[i] + w * (k[0][i] + 2.0 * (k[1][i] + k[2][i]) + k[3][i]);']
+        for e, (i, j) in enumerate(self.entries):
+            at = i * (self.n + self.m) + j
+            have = [(i, j) in self.K[s] for s in range(4)]
+            middle = [f'K[{s}][{at}]' for s in (1, 2) if have[s]]
+            terms = [f'K[{s}][{at}]' for s in (0, 3) if have[s]]
+            if middle:
+                terms.append(f'2.0 * ({" + ".join(middle)})')
+            one = '1.0 + ' if i == j else ''
+            value = f'w * ({" + ".join(terms)})' if terms else '(vec){0}'
+            lines.append(f'  F[{e}] = {one}{value};')
+        return [*lines, '}']
