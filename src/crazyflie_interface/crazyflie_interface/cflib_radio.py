@@ -139,7 +139,8 @@ def _prepare_cflib() -> None:
     logging.getLogger('cflib.crazyflie.toccache').setLevel(logging.ERROR)
     if not cflib.crtp.CLASSES:
         cflib.crtp.init_drivers()
-    cflib.crtp.CLASSES[:] = [ResendingUdp if c is UdpDriver else c for c in cflib.crtp.CLASSES]
+    # init_drivers adds its classes at every call, and others may have called it too: each class once.
+    cflib.crtp.CLASSES[:] = dict.fromkeys(ResendingUdp if c is UdpDriver else c for c in cflib.crtp.CLASSES)
 
 
 def explain(uri: str, text: str) -> tuple[str, bool]:
