@@ -10,12 +10,12 @@ setup(
     maintainer='DEQ-MPC flight stack maintainers',
     maintainer_email='maintainers@users.noreply.github.com',
     packages=find_packages(exclude=['test']),
-    package_data={'deqmpc.realtime': ['solver.c']},
+    package_data={'deqmpc.realtime': ['solver.c'], 'deqmpc.networks': ['inference.c']},
     data_files=[
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),
     ],
-    install_requires=['numpy', 'torch', 'pyyaml', 'tqdm', 'sympy'],
+    install_requires=['numpy', 'torch', 'pyyaml', 'safetensors', 'tqdm', 'sympy'],
     extras_require={'test': ['pytest']},
     entry_points={
         'console_scripts': [

@@ -90,6 +90,7 @@ class Prediction:
     ok: Tensor  # (B,) bool: inputs and outputs were finite. Where False no gradient flows
     converged: Tensor  # (B,) bool: the fixed point was found within the tolerance; True for the NN
     evaluations: Tensor  # (B,) of the cell; 0 for the NN
+    residual: Tensor  # (B,) relative residual of the fixed point; 0 for the NN
 
 
 class TemporalNetwork(nn.Module):
@@ -138,10 +139,11 @@ class TemporalNetwork(nn.Module):
                 centers, radii = cleaned(centers), cleaned(radii)
         c = self.inject(x_init, tau, centers, radii)
         converged, evaluations = torch.ones_like(ok), torch.zeros_like(ok, dtype=torch.long)
+        residual = torch.zeros_like(c[:, 0, 0])
         if s.kind == 'deq':
             first = torch.relu(c).detach() if z is None else torch.nan_to_num(z.detach().to(dtype))
             z, found = equilibrium(self.cell, c, first, s.fixed_point, s.gradient_steps)
-            converged, evaluations = found.converged, found.evaluations
+            converged, evaluations, residual = found.converged, found.evaluations, found.residual
             ok = ok & found.finite
         else:
             z = torch.relu(c)
@@ -151,7 +153,7 @@ class TemporalNetwork(nn.Module):
         ok = ok & torch.isfinite(theta).reshape(B, -1).all(dim=1)
         if not ok.all():
             theta = torch.where(ok.view(-1, 1, 1), theta, float('nan'))
-        return Prediction(theta, z.detach() if s.kind == 'deq' else None, ok, converged, evaluations)
+        return Prediction(theta, z.detach() if s.kind == 'deq' else None, ok, converged, evaluations, residual)
 
     def inject(self, x_init: Tensor, tau: Tensor, centers: Tensor | None, radii: Tensor | None) -> Tensor:
         """c (B, h, T)."""

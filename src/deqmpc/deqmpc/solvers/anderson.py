@@ -2,7 +2,7 @@
 
 With residuals g_i = f(z_i) - z_i of the last m iterates, the next one is
 
-  z <- (1 - beta) sum_i a_i z_i + beta sum_i a_i f(z_i),     a = argmin |sum_i a_i g_i|  s.t.  sum_i a_i = 1
+  z <- sum_i a_i (z_i + beta g_i),     a = argmin |sum_i a_i g_i|  s.t.  sum_i a_i = 1
 
 (Walker and Ni, SIAM J. Numer. Anal. 49, 2011). The minimiser is a ~ D^-1 (C + lambda I)^-1 D^-1 1 with
 D = diag(|g_i|) and the correlations C_ij = g_i'g_j / (|g_i||g_j|), so that lambda has no unit and old, large residuals
@@ -26,7 +26,7 @@ class Settings:
     """Numbers of the iteration. Defaults are those of the DEQ-MPC authors' code."""
 
     memory: int = 5  # m, iterates mixed
-    damping: float = 0.8  # beta, share of f in the mix
+    damping: float = 0.8  # beta, share of the residuals in the mix
     tolerance: float = 1e-2  # on |f(z) - z| relative to |f(z)|
     evaluations: int = 10  # of f at most
     regularization: float = 1e-6  # lambda, on correlations
@@ -64,7 +64,7 @@ def solve(f: Callable[[Tensor, Tensor], Tensor], z: Tensor, settings: Settings =
     count = torch.zeros(B, dtype=torch.long, device=z.device)
     finite = torch.ones(B, dtype=torch.bool, device=z.device)
     active = torch.arange(B, device=z.device)
-    Z, F, gram = (best.new_zeros(B, m, size) for size in (best.shape[1], best.shape[1], m))
+    Z, G, gram = (best.new_zeros(B, m, size) for size in (best.shape[1], best.shape[1], m))
     for k in range(settings.evaluations):
         out = f(now.reshape(-1, *shape), active).reshape(len(active), -1)
         g = out - now
@@ -80,16 +80,15 @@ def solve(f: Callable[[Tensor, Tensor], Tensor], z: Tensor, settings: Settings =
         if k + 1 == settings.evaluations or not going.any():
             break
         if not going.all():
-            active, now, out, g, Z, F, gram = (v[going] for v in (active, now, out, g, Z, F, gram))
+            active, now, out, g, Z, G, gram = (v[going] for v in (active, now, out, g, Z, G, gram))
         slot, filled = k % m, min(k + 1, m)
-        Z[:, slot], F[:, slot] = now, out
-        row = torch.einsum('bmd,bd->bm', F - Z, g)
+        Z[:, slot], G[:, slot] = now, g
+        row = (G @ g.unsqueeze(2)).squeeze(2)
         gram[:, slot], gram[:, :, slot] = row, row
         now = out
         if k > 0:
             a = _weights(gram[:, :filled, :filled], slot, settings.regularization).unsqueeze(1)
-            beta = settings.damping
-            now = (beta * (a @ F[:, :filled]) + (1.0 - beta) * (a @ Z[:, :filled])).squeeze(1)
+            now = (a @ Z[:, :filled] + settings.damping * (a @ G[:, :filled])).squeeze(1)
     return FixedPoint(best.reshape(B, *shape), least, count, least <= settings.tolerance, finite)
 
 
