@@ -1,6 +1,6 @@
 """Model-predictive control without a network: straight to the goal, around every sphere.
 
-Each call solves deqmpc.problem on the Crazyflie's model with deqmpc.solvers.augmented_lagrangian:
+Each call solves deqmpc.problem on the Crazyflie's model with the augmented Lagrangian of deqmpc.realtime:
 
   min  sum of |x_t - xr_t|_Q^2 + |u_t - 1|_R^2       xr runs towards the goal at cruise speed
   s.t. the dynamics, thrust bounds, speed limit, floor, and |p_t - o_jt| >= r_j + margin for every sphere j
@@ -19,17 +19,17 @@ exactly on the line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from deqmpc.airframe import Airframe
 from deqmpc.dynamics import rotation
 from deqmpc.dynamics.crazyflie import Crazyflie
-from deqmpc.dynamics.equations import jacobian_function
 from deqmpc.policies.base import PolicyStatus, settings_from
 from deqmpc.problem import Problem
+from deqmpc.realtime import RealtimeSolver
+from deqmpc.realtime import WarmStart as SolverStart
 from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 
@@ -55,6 +55,7 @@ class Settings:
     input_weight: float = 0.1  # per (hover thrust)^2
     softness: float = 300.0  # largest multiplier of a constraint on the state: the price of 1 m of violation
     max_steps: int = 20  # Gauss-Newton steps in one call
+    spheres_max: int = 200  # most spheres that one call takes
     airframe: str = ''  # YAML file of deqmpc.airframe; empty: its defaults
 
     def __post_init__(self):
@@ -65,7 +66,7 @@ class Settings:
                      'rate_weight'):
             if not 0.0 <= getattr(self, name) < 1e6:
                 raise ValueError(f'mpc_only: {name} = {getattr(self, name)!r}; expected a number >= 0')
-        for name in ('horizon', 'max_steps'):
+        for name in ('horizon', 'max_steps', 'spheres_max'):
             if getattr(self, name) < 1:
                 raise ValueError(f'mpc_only: {name} = {getattr(self, name)!r}; expected an integer >= 1')
         if self.dt * self.horizon < 0.2:  # shorter ones do not see their own braking and circle the goal
@@ -79,7 +80,7 @@ class WarmStart:
     """The solver's state and the instant of its first knot."""
 
     stamp: float  # s
-    solver: al.WarmStart
+    solver: SolverStart
 
 
 class MpcOnly:
@@ -95,19 +96,20 @@ class MpcOnly:
         weights = s.position_weight, s.attitude_weight, s.velocity_weight, s.rate_weight
         Q = [weight for weight in weights for _ in range(3)]
         lowest, highest = frame.thrust_min / frame.hover_thrust, frame.thrust_max / frame.hover_thrust
+        self._input_bounds = lowest, highest
         self.problem = Problem(
             Crazyflie(frame), s.dt, s.horizon, Q=Q, R=[s.input_weight] * 4, Qf=[3.0 * q for q in Q],
             u_low=[lowest] * 4, u_high=[highest] * 4,
             x_low=[-np.inf, -np.inf, s.floor, *[-np.inf] * 3, *[-v for v in speed], *[-np.inf] * 3],
             x_high=[*free, *free, *speed, *free])
-        self._solver = al.Settings(mu_0=1e4, iterations=10, gn_steps=8, max_steps=s.max_steps,
-                                   elastic=s.softness, feasibility=1e-3, optimality=1e-3)
+        self._solver = RealtimeSolver(self.problem, s.spheres_max, al.Settings(
+            mu_0=1e4, iterations=10, gn_steps=8, max_steps=s.max_steps, elastic=s.softness, feasibility=1e-3,
+            optimality=1e-3))
         yaw = s.goal[3]
         self._unturn = rotation.from_yaw(yaw)  # from the turned frame to the world
         self._turn = rotation.rotate(self._unturn, np.eye(3))  # rows: the turned axes; world to turned frame
         self._goal = self._turn @ np.array(s.goal[:3])
         self._fan = _fan()
-        jacobian_function(self.problem.equations)  # generate now, not in the first plan
 
     @classmethod
     def from_settings(cls, settings: dict) -> MpcOnly:
@@ -133,19 +135,16 @@ class MpcOnly:
         radii = obstacles.radius + self.settings.margin
         x_ref = self._reference(x_init, yaw, centers, radii)
 
-        with torch.inference_mode():
-            data = self.problem.instances(*(torch.from_numpy(a)[None] for a in (
-                x_init, x_ref, np.ones((self.horizon, 4)), centers, radii)))
-            solution = al.solve(self.problem, data, self._start(state.stamp, x_init, x_ref, warm_start, data),
-                                self._solver)
-            x, u = solution.x[0].numpy().copy(), solution.u[0].numpy()
-            x[0] = x_init  # to the last digit; what the solver left open is in `defect`
-            residual = max(float(solution.defect[0]), float(self._input_violation(u)))
-        status = solution.status_of(0)
-        message = status.value
-        if status is al.Status.INFEASIBLE:
-            message = f'margin, floor or speed limit gave way by {float(solution.violation[0]):.3f} m or m/s'
-        report = PolicyStatus(bool(residual <= 1e-2), message, int(solution.steps[0]), residual)
+        hover = np.ones((self.horizon, 4))
+        solution = self._solver.solve(x_init, x_ref, hover, centers, radii,
+                                      self._start(state.stamp, x_init, x_ref, hover, len(radii), warm_start))
+        x, u = solution.x.copy(), solution.u
+        x[0] = x_init  # to the last digit; what the solver left open is in `defect`
+        residual = max(solution.defect, self._input_violation(u))
+        message = solution.status.value
+        if solution.status is al.Status.INFEASIBLE:
+            message = f'margin, floor or speed limit gave way by {solution.violation:.3f} m or m/s'
+        report = PolicyStatus(bool(residual <= 1e-2), message, solution.steps, residual)
         if not np.isfinite(x).all():  # cannot be flown, and must not seed the next call
             return None, None, report
         return self._plan(state, times, x, u), WarmStart(state.stamp, solution.warm_start), report
@@ -192,28 +191,23 @@ class MpcOnly:
         free = slack >= 0.0
         return fan[np.argmax(free)] if free.any() else fan[np.argmax(slack)]
 
-    def _start(self, stamp, x_init, x_ref, warm_start, data) -> al.WarmStart:
-        """The last solution advanced to now, or the reference where there is none that fits."""
-        cold = al.guess(self.problem, data, data.x_ref.clone(), data.u_ref, self._solver)
-        cold.x[:, 0] = data.x_init
+    def _start(self, stamp, x_init, x_ref, u_ref, count, warm_start) -> SolverStart:
+        """The last solution advanced to now, or the reference where there is none that fits. `count` spheres."""
+        cold = SolverStart(np.vstack([x_init, x_ref[1:]]), u_ref)
         if warm_start is None:
             return cold
         steps = round((stamp - warm_start.stamp) / self.dt)
-        old = warm_start.solver
-        if not 0 <= steps <= self.horizon or old.x.shape != cold.x.shape:
+        if not 0 <= steps <= self.horizon:
             return cold
-        old = old.shifted(steps)
-        jump = (old.x[0, 0] - data.x_init[0])[:6]
-        if not bool(torch.isfinite(old.x).all()) or float(jump.abs().max()) > 0.3:
-            return cold  # teleported, or the other set of MRPs
-        old.x[:, 0] = data.x_init
-        lam = old.lam if old.lam.shape == cold.lam.shape else cold.lam
-        return replace(old, lam=lam, mu=cold.mu)
+        old = warm_start.solver.shifted(steps)
+        if not np.abs(old.x[0, :6] - x_init[:6]).max() <= 0.3:
+            return cold  # teleported, the other set of MRPs, or not finite
+        lam = old.lam if old.lam.shape[1] == len(self.problem.limit) + count else None
+        return SolverStart(np.vstack([x_init, old.x[1:]]), old.u, lam, old.eta)
 
     def _input_violation(self, u):
-        sign, limit = self.problem.sign[:, self.problem.n:].numpy(), self.problem.limit.numpy()
-        rows = np.abs(sign).sum(axis=1) > 0
-        return np.maximum(u @ sign[rows].T - limit[rows], 0.0).max()
+        low, high = self._input_bounds
+        return max(float((low - u).max()), float((u - high).max()), 0.0)
 
     def _plan(self, state, times, x, u) -> Plan:
         back = self._turn.T
