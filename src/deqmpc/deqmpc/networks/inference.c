@@ -200,7 +200,8 @@ typedef struct {
 long workspace_size(void) { return sizeof(workspace); }
 
 #if SPHERES
-static void add_spheres(const network *n, const float *p, const double *centers, const double *radii, long K, float *e) {
+static void add_spheres(const network *n, const float *p, const double *centers, const double *radii, long K,
+                        float *e) {
     float code[SPHERES], most[SPHERES] = {0}, in[SPACE + 2];
     for (long j = 0; j < K; j++) {
         if (!(radii[j] > 0.0)) continue;

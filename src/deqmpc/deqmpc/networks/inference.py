@@ -110,13 +110,11 @@ class _Torch:
         self.network = network
 
     def __call__(self, x_init, tau, centers, radii, z) -> Answer:
-        spheres = self.network.settings.spheres
-
         def tensor(v):
             return torch.from_numpy(v).unsqueeze(0)
+        spheres = (tensor(centers), tensor(radii)) if self.network.settings.spheres else (None, None)
         with torch.inference_mode():
-            p = self.network(tensor(x_init), tensor(tau), *((tensor(centers), tensor(radii)) if spheres else (None, None)),
-                             None if z is None else tensor(z).transpose(1, 2))
+            p = self.network(tensor(x_init), tensor(tau), *spheres, None if z is None else tensor(z).transpose(1, 2))
         return Answer(p.theta[0].double().numpy(), None if p.z is None else p.z[0].T.contiguous().numpy(),
                       int(p.evaluations), float(p.residual), bool(p.converged), bool(p.ok))
 

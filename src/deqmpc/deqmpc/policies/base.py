@@ -15,6 +15,8 @@ S = TypeVar('S')
 # name -> module and class; a class is made by `Class.from_settings(dict)` and imported only when asked for.
 POLICIES = {
     'mpc_only': 'deqmpc.policies.mpc_only:MpcOnly',
+    'deq_mpc': 'deqmpc.policies.deq_mpc:DeqMpcPolicy',
+    'network_only': 'deqmpc.policies.network_only:NetworkOnlyPolicy',
 }
 
 

@@ -22,11 +22,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deqmpc.networks.inference import Inference
 from deqmpc.networks.temporal import Prediction, TemporalNetwork
+from deqmpc.policies.learned import LearnedPolicy, Step
+from deqmpc.policies.model import settings_of
 from deqmpc.problem import Instances, Problem
+from deqmpc.realtime import solver as realtime
 from deqmpc.solvers import augmented_lagrangian as al
 
 METHODS = ('deq_mpc', 'diff_mpc')
@@ -62,6 +67,11 @@ class Settings:
             if not getattr(self, name) > 0.0:
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number > 0')
 
+    def warm_penalty(self, iterations: int) -> float:
+        """mu of a warm start with so many iterations to come."""
+        to_come = iterations * self.al_iterations if self.method == 'deq_mpc' else self.al_iterations
+        return max(self.mu_max / self.gamma ** (to_come - 1), self.mu_0)
+
     def solver(self) -> al.Settings:
         """The solver's settings for one MPC-m, or for the one solve of Diff-MPC."""
         count = self.al_iterations if self.method == 'deq_mpc' else self.converged_al_iterations
@@ -93,11 +103,13 @@ class Iterates:
     x: list[Tensor] = field(default_factory=list)  # (B, T+1, n) solver, its type
     u: list[Tensor] = field(default_factory=list)  # (B, T, m)
     predictions: list[Prediction] = field(default_factory=list)
-    solutions: list[al.Solution] = field(default_factory=list)
+    solutions: list[al.Solution] = field(default_factory=list)  # none of a network alone
     warm_start: WarmStart | None = None
 
     def usable(self, i: int) -> Tensor:
         """(B,) bool: iterate i is finite and has a gradient."""
+        if not self.solutions:
+            return self.predictions[i].ok
         solution = self.solutions[i]
         return self.predictions[i].ok & torch.isfinite(solution.cost) & solution.differentiable
 
@@ -108,7 +120,7 @@ class Iterates:
             'network_not_finite': sum(int((~p.ok).sum()) for p in self.predictions),
             'solver_not_finite': sum(int((~torch.isfinite(s.cost)).sum()) for s in self.solutions),
             'no_gradient': sum(int((torch.isfinite(s.cost) & ~s.differentiable).sum()) for s in self.solutions),
-            'last_unconverged': int((~self.solutions[-1].converged).sum()),
+            'last_unconverged': sum(int((~s.converged).sum()) for s in self.solutions[-1:]),
         }
 
 
@@ -121,9 +133,10 @@ class DeqMpc(nn.Module):
         for name, mine, its in (('n', s.n, problem.n), ('horizon', s.horizon, problem.horizon)):
             if mine != its:
                 raise ValueError(f'the network has {name} = {mine}, the problem {its}')
-        if s.spheres and s.spatial != len(problem.position):
-            raise ValueError(f'the network has spatial = {s.spatial}, the problem acts on {len(problem.position)} '
-                             f'numbers of the state')
+        acted_on = list(range(problem.n)[problem.position])
+        if s.spheres and acted_on != list(range(s.spatial)):
+            raise ValueError(f'the network measures spheres from the first {s.spatial} numbers of the state, the '
+                             f'problem from those at {acted_on}')
         self.problem, self.network, self.settings = problem, network, settings
 
     def forward(self, x_init: Tensor, u_ref: Tensor, centers: Tensor | None = None, radii: Tensor | None = None,
@@ -163,12 +176,9 @@ class DeqMpc(nn.Module):
 
     def _warm(self, warm_start: WarmStart, data: Instances, settings: al.Settings, count: int) -> al.WarmStart:
         """tau from before, first knot on x_init; multipliers zero; the penalty high enough for what is to come."""
-        s, old = self.settings, warm_start.solver
-        cold = al.cold_start(self.problem, data, settings)
-        to_come = count * s.al_iterations if s.method == 'deq_mpc' else s.al_iterations
+        cold, old = al.cold_start(self.problem, data, settings), warm_start.solver
         x = torch.cat([cold.x[:, :1], old.x[:, 1:]], dim=1)
-        mu = max(s.mu_max / s.gamma ** (to_come - 1), s.mu_0)
-        return replace(cold, x=x, u=old.u, mu=torch.full_like(cold.mu, mu))
+        return replace(cold, x=x, u=old.u, mu=torch.full_like(cold.mu, self.settings.warm_penalty(count)))
 
     @staticmethod
     def _carried(solution: al.Solution, before: al.WarmStart) -> al.WarmStart:
@@ -176,6 +186,60 @@ class DeqMpc(nn.Module):
         known = torch.isfinite(solution.cost)
         return al.WarmStart(*(torch.where(known.view(-1, *[1] * (new.dim() - 1)), new, old)
                               for new, old in zip(solution.warm_start.tensors(), before.tensors(), strict=True)))
+
+
+class Controller:
+    """The model for one sample: compiled network, compiled solver, NumPy in and out; the numbers of `DeqMpc`.
+
+    Takes the model's weights as they are now. Owns its buffers: one thread at a time.
+    """
+
+    def __init__(self, model: DeqMpc, storage: str = 'float32'):
+        self.problem, self.settings = model.problem, model.settings
+        self.network = Inference(model.network, storage)
+        self._solver = realtime.RealtimeSolver(self.problem, 64, self.settings.solver())
+
+    def step(self, x_init: np.ndarray, u_ref: np.ndarray, centers: np.ndarray, radii: np.ndarray,
+             warm_start: Step | None = None, iterations: int | None = None) -> Step:
+        """One control step. x_init (n,), u_ref (T, m), spheres centers (T+1, K, d) and radii (K,). `warm_start` is
+        taken as it stands: shift it first. ValueError for wrong shapes, never an error for numbers."""
+        s = self.settings
+        count = iterations or (s.iterations if warm_start is None else s.warm_iterations)
+        if s.method == 'diff_mpc':
+            count = 1
+        if len(radii) > self._solver.spheres_max:
+            self._solver = realtime.RealtimeSolver(self.problem, 2 * len(radii), s.solver())
+        standing = np.repeat(x_init[None], self.problem.horizon + 1, axis=0)
+        if warm_start is None:
+            start, z = realtime.WarmStart(standing, u_ref), None
+        else:
+            x = np.concatenate([x_init[None], warm_start.x[1:]])
+            start, z = realtime.WarmStart(x, warm_start.u, mu=s.warm_penalty(count)), warm_start.z
+        evaluations = steps = 0
+        for i in range(count):
+            answer = self.network(x_init, standing if s.method == 'diff_mpc' else start.x, centers, radii, z)
+            solution = self._solver.solve(x_init, answer.theta, u_ref, centers, radii, start)
+            evaluations, steps, z = evaluations + answer.evaluations, steps + solution.steps, answer.z
+            if not (answer.ok and np.isfinite(solution.x).all()):
+                return Step(solution.x, solution.u, None, answer.theta, solution.status.value, steps, evaluations,
+                            float('nan'), float('nan'))
+            start = solution.warm_start
+            if i + 1 < count and solution.status is not al.Status.CONVERGED:
+                start = replace(start, mu=min(start.mu * s.gamma, s.mu_max))
+        return Step(solution.x, solution.u, z, answer.theta, solution.status.value, steps, evaluations,
+                    solution.defect, solution.violation)
+
+
+class DeqMpcPolicy(LearnedPolicy):
+    """The policy `deq_mpc`: any of the four variants, as the model folder says."""
+
+    name = 'deq_mpc'
+
+    def _controller(self, network: TemporalNetwork, problem: Problem, method: dict) -> Controller:
+        given = self.settings
+        own = settings_of(Settings, method, f'{given.model}: method')
+        changed = {name: value for name in ('iterations', 'warm_iterations') if (value := getattr(given, name))}
+        return Controller(DeqMpc(problem, network, replace(own, **changed)), given.storage)
 
 
 def imitation_loss(iterates: Iterates, x_expert: Tensor, network_share: float = 0.1) -> tuple[Tensor, int]:

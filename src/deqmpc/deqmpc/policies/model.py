@@ -1,0 +1,111 @@
+"""A trained model as a folder: `weights.safetensors` and `settings.yaml`.
+
+settings.yaml holds `network` (deqmpc.networks.temporal.Settings), `method` (deqmpc.policies.deq_mpc.Settings; empty
+for a network alone), `problem` (what the policy that flies it builds its problem from), `card` (free text: data, seed,
+commit, scores) and `weights_sha256`, the hash of the weights that belong to it. Neither file can run code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as tensors_to_bytes
+
+from deqmpc.networks.temporal import Settings, TemporalNetwork
+from deqmpc.solvers import anderson
+
+S = TypeVar('S')
+WEIGHTS, SETTINGS = 'weights.safetensors', 'settings.yaml'
+_KEYS = ('network', 'method', 'problem', 'card', 'weights_sha256')
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a folder holds."""
+
+    network: TemporalNetwork
+    method: dict[str, Any]
+    problem: dict[str, Any]
+    card: dict[str, Any]
+
+
+def save(folder: str | Path, model: Model) -> None:
+    """Write the folder. The settings are written last, onto their name: a reader meets a whole model or none."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = tensors_to_bytes({k: v.detach().cpu().contiguous() for k, v in model.network.state_dict().items()})
+    network = dataclasses.asdict(model.network.settings)
+    text = yaml.safe_dump({
+        'network': _plain(network), 'method': _plain(model.method), 'problem': _plain(model.problem),
+        'card': _plain(model.card), 'weights_sha256': hashlib.sha256(weights).hexdigest()}, sort_keys=False)
+    for name, content in ((WEIGHTS, weights), (SETTINGS, text.encode())):
+        part = folder / (name + '.part')
+        part.write_bytes(content)
+        os.replace(part, folder / name)
+
+
+def load(folder: str | Path) -> Model:
+    """Read a folder. FileNotFoundError where a file is missing; ValueError, with the file's name, where one is
+    damaged, has an unknown setting, or does not belong to the other."""
+    folder = Path(folder)
+    for path in (folder, folder / SETTINGS, folder / WEIGHTS):
+        if not path.exists():
+            raise FileNotFoundError(f'model {folder}: {path} does not exist; expected a folder with {SETTINGS} and '
+                                    f'{WEIGHTS}')
+    try:
+        values = yaml.safe_load((folder / SETTINGS).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'{folder / SETTINGS}: not YAML: {error}') from error
+    if not isinstance(values, dict) or set(values) != set(_KEYS):
+        got = sorted(values) if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f'{folder / SETTINGS}: has {got}; expected exactly {", ".join(_KEYS)}')
+    weights = (folder / WEIGHTS).read_bytes()
+    found = hashlib.sha256(weights).hexdigest()
+    if found != values['weights_sha256']:
+        raise ValueError(f'{folder / WEIGHTS}: sha256 {found}, but {SETTINGS} belongs to weights with '
+                         f'{values["weights_sha256"]}; copy both files of one model')
+    for key in ('network', 'method', 'problem', 'card'):
+        if not isinstance(values[key], dict):
+            raise ValueError(f'{folder / SETTINGS}: {key} = {values[key]!r}; expected a mapping')
+    where = f'{folder / SETTINGS}: network'
+    made = dict(values['network'])
+    if 'fixed_point' in made:
+        made['fixed_point'] = settings_of(anderson.Settings, made['fixed_point'], f'{where}.fixed_point')
+    network = TemporalNetwork(settings_of(Settings, made, where))
+    try:
+        network.load_state_dict(read_tensors(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f'{folder / WEIGHTS}: {error}') from error
+    return Model(network.eval(), values['method'], values['problem'], values['card'])
+
+
+def settings_of(cls: type[S], values: Any, where: str) -> S:
+    """A dataclass from a mapping; lists become tuples. ValueError says where, which key and what was expected."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise ValueError(f'{where} = {values!r}; expected a mapping')
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise ValueError(f'{where}: unknown setting {name!r}{f", did you mean {close[0]!r}?" if close else ""}; '
+                             f'expected some of: {", ".join(sorted(known))}')
+    try:
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'{where}: {error}') from error
+
+
+def _plain(value):
+    """`value` with tuples as lists, as YAML has it."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
