@@ -19,8 +19,11 @@
 #define ZP (ZV * LANES)
 #define EACH(i, n) for (int i = 0; i < (n); i++)
 typedef long long mask __attribute__((vector_size(8 * LANES)));
+typedef double half __attribute__((vector_size(4 * LANES)));
+typedef double pair __attribute__((vector_size(2 * LANES)));
 typedef struct { vec v[ZV]; } row;       /* a stage vector, or a row of a stage matrix */
 
+#define FILTER 128
 enum { CONVERGED, LIMIT, INFEASIBLE, SINGULAR, NOT_FINITE };
 
 /* Filled by solver.py (class _Exchange), same order. Arrays are C-contiguous doubles. */
@@ -55,7 +58,8 @@ typedef struct {
   Point a, b;
   row *ref, *weight, *H, *Hu, *s, *sd, *cc, *d, *P, *W, *V, *p, *y, *ynew, *chol, *vk;
   double *center, *half, *inv;           /* T+1, SPACE, KP; KP; KP */
-  double *lam, *slack, *dlam, *dslack, *v, *w, *t, *dt;   /* T+1, rows */
+  double *lam, *slack, *dlam, *dslack, *v, *w, *t, *dt, *snew;   /* T+1, rows */
+  double filter[FILTER][3];              /* infeasibility, cost, sum of logs of former points */
   double *rho_row;                       /* rows */
   row up_on[3], up_limit[3], low_on[3], low_limit[3];      /* first, middle, last stage */
 } Work;
@@ -67,7 +71,12 @@ static inline vec choose(mask m, vec a, vec b) { return (vec)((m & (mask)a) | (~
 static inline vec vmax(vec a, vec b) { return choose(a > b, a, b); }
 static inline vec vmin(vec a, vec b) { return choose(a < b, a, b); }
 static inline vec vabs(vec a) { return (vec)((mask)a & 0x7fffffffffffffffLL); }
-static inline double sum(vec a) { double s = 0; EACH(i, LANES) s += a[i]; return s; }
+static inline double sum(vec a) {         /* by halves */
+  union { vec v; half h[2]; } u = {a};
+  union { half h; pair p[2]; } q = {u.h[0] + u.h[1]};
+  const pair p = q.p[0] + q.p[1];
+  return p[0] + p[1];
+}
 static inline double largest(vec a) { double s = a[0]; EACH(i, LANES) if (a[i] > s) s = a[i]; return s; }
 static inline vec load(const double *p) { return *(const vec *)p; }
 static inline void store(double *p, vec a) { *(vec *)p = a; }
@@ -103,7 +112,7 @@ static size_t layout(Work *w, char *base, int T, int K_max) {
   EACH(i, (int)(sizeof per_stage / sizeof *per_stage)) ROWS(*per_stage[i], stages);
   ROWS(w->H, stages * Z); ROWS(w->P, N); ROWS(w->W, stages * N); ROWS(w->V, stages * M); ROWS(w->chol, stages * M);
   NUMBERS(w->center, stages * SPACE * rows); NUMBERS(w->half, rows); NUMBERS(w->inv, rows);
-  double **per_row[] = {&w->lam, &w->slack, &w->dlam, &w->dslack, &w->v, &w->w, &w->t, &w->dt};
+  double **per_row[] = {&w->lam, &w->slack, &w->dlam, &w->dslack, &w->v, &w->w, &w->t, &w->dt, &w->snew};
   EACH(i, (int)(sizeof per_row / sizeof *per_row)) NUMBERS(*per_row[i], stages * rows);
   NUMBERS(w->rho_row, rows);
   return at;
@@ -144,9 +153,13 @@ static inline int rows_of(const Work *w, int t) { return t ? w->rows : 2 * ZP; }
 /* ---- into and out of the lanes ---------------------------------------------------------------------------- */
 
 static int all_finite(const double *p, long count) {
-  double s = 0;
-  EACH(i, count) s += 0.0 * p[i];
-  return s == 0.0;
+  double s[LANES] = {0};                  /* apart, so that the additions do not wait for each other */
+  long i = 0;
+  for (; i + LANES <= count; i += LANES) EACH(l, LANES) s[l] += 0.0 * p[i + l];
+  for (; i < count; i++) s[0] += 0.0 * p[i];
+  double total = 0;
+  EACH(l, LANES) total += s[l];
+  return total == 0.0;
 }
 
 static int enter(Work *w, const Exchange *e) {
@@ -293,57 +306,65 @@ static void stage_terms(Work *w, const Point *p, const double *v, const double *
 
 /* ---- the step --------------------------------------------------------------------------------------------- */
 
-/* out[r] = start[r] + sum_k a[k, r] b[k] for r < count, four rows at a time so that they stay in registers */
-static inline __attribute__((always_inline))
-void multiply(row *out, const row *start, const double *a, int along_k, int along_r, const row *b, int inner, int count) {
+/* out = H + F' G, four rows at a time so that they stay in registers */
+static inline void add_product(row *out, const row *H, const row *F, const row *G) {
   int r = 0;
-  for (; r + 4 <= count; r += 4) {
-    row o0 = {0}, o1 = {0}, o2 = {0}, o3 = {0};
-    if (start) { o0 = start[r]; o1 = start[r + 1]; o2 = start[r + 2]; o3 = start[r + 3]; }
-    EACH(k, inner) {
-      const double *f = a + k * along_k + r * along_r;
-      EACH(v, ZV) {
-        const vec bk = b[k].v[v];
-        o0.v[v] += f[0] * bk; o1.v[v] += f[along_r] * bk; o2.v[v] += f[2 * along_r] * bk; o3.v[v] += f[3 * along_r] * bk;
-      }
-    }
-    out[r] = o0; out[r + 1] = o1; out[r + 2] = o2; out[r + 3] = o3;
+  for (; r + 4 <= Z; r += 4) {
+    row o[4];
+    EACH(i, 4) o[i] = H[r + i];
+    EACH(k, N) EACH(i, 4) axpy(&o[i], clanes(&F[k])[r + i], &G[k]);
+    EACH(i, 4) out[r + i] = o[i];
   }
-  for (; r < count; r++) {
-    row o = {0};
-    if (start) o = start[r];
-    EACH(k, inner) axpy(&o, a[k * along_k + r * along_r], &b[k]);
+  for (; r < Z; r++) {
+    row o = H[r];
+    EACH(k, N) axpy(&o, clanes(&F[k])[r], &G[k]);
     out[r] = o;
   }
 }
 
-static inline void symmetrize(row *P) {
-  EACH(i, N) EACH(j, i) {
-    const double a = 0.5 * (clanes(&P[i])[j] + clanes(&P[j])[i]);
-    lanes(&P[i])[j] = a; lanes(&P[j])[i] = a;
+/* out = W F for a symmetric W of which only the upper triangle is read, so that rounding cannot make it unsymmetric */
+static inline void multiply_symmetric(row *out, const row *W, const row *F) {
+  int r = 0;
+  for (; r + 4 <= N; r += 4) {
+    row o[4] = {{{{0}}}};
+    EACH(k, N) {
+      double f[4];
+      EACH(i, 4) f[i] = k < r + i ? clanes(&W[k])[r + i] : clanes(&W[r + i])[k];
+      EACH(i, 4) axpy(&o[i], f[i], &F[k]);
+    }
+    EACH(i, 4) out[r + i] = o[i];
+  }
+  for (; r < N; r++) {
+    row o = {0};
+    EACH(k, N) axpy(&o, k < r ? clanes(&W[k])[r] : clanes(&W[r])[k], &F[k]);
+    out[r] = o;
   }
 }
 
-/* W = (I + delta P)^-1 P by Gauss-Jordan elimination, which needs no pivoting on a definite matrix. */
+/* W = (I + delta P)^-1 P by elimination without pivoting, which a definite matrix does not need: with S = I + delta P
+   = L U and l_ik = u_ki / u_kk, rows of U and of L^-1 P downwards, then upwards. 0 where a pivot is not positive. */
 static int damp(row *W, const row *P, double delta) {
-  row S[N];
+  row U[N];
+  double inverse[N];
   EACH(i, N) {
-    EACH(v, ZV) S[i].v[v] = delta * P[i].v[v];
-    lanes(&S[i])[i] += 1.0;
-    W[i] = P[i];
-  }
-  EACH(k, N) {
-    const double pivot = clanes(&S[k])[k];
-    if (!(pivot > 0)) return 0;
-    const double scale = 1.0 / pivot;
-    EACH(v, ZV) { S[k].v[v] *= scale; W[k].v[v] *= scale; }
-    EACH(i, N) if (i != k) {
-      const double f = -clanes(&S[i])[k];
-      axpy(&S[i], f, &S[k]);
-      axpy(&W[i], f, &W[k]);
+    row u, b = P[i];
+    EACH(v, ZV) u.v[v] = delta * P[i].v[v];
+    lanes(&u)[i] += 1.0;
+    EACH(k, i) {
+      const double l = -clanes(&U[k])[i] * inverse[k];
+      axpy(&u, l, &U[k]);
+      axpy(&b, l, &W[k]);
     }
+    U[i] = u; W[i] = b;
+    const double pivot = clanes(&U[i])[i];
+    if (!(pivot > 0)) return 0;
+    inverse[i] = 1.0 / pivot;
   }
-  symmetrize(W);
+  for (int i = N - 1; i >= 0; i--) {
+    row b = W[i];
+    for (int k = i + 1; k < N; k++) axpy(&b, -clanes(&U[i])[k], &W[k]);
+    EACH(v, ZV) W[i].v[v] = b.v[v] * inverse[i];
+  }
   return 1;
 }
 
@@ -351,20 +372,19 @@ static int damp(row *W, const row *P, double delta) {
    offsets c and dual regularisation delta I. 0 where a pivot is not positive: wrong inertia. */
 static int riccati(Work *w, const row *F, const row *c, double delta, double reg) {
   const int T = w->T;
-  row *P = w->P, G[N], Y[Z];
+  row *P = delta > 0 ? w->P : w->W + T * N, G[N], Y[Z];
   EACH(i, N) { P[i] = w->H[T * Z + i]; lanes(&P[i])[i] += reg; }
   w->p[T] = w->s[T];
   for (int t = T - 1; t >= 0; t--) {
     const row *Ft = F + t * N;
     row *W = w->W + (t + 1) * N, *V = w->V + t * M, *L = w->chol + t * M;
-    if (delta > 0) { if (!damp(W, P, delta)) return 0; }
-    else memcpy(W, P, sizeof(row) * N);
+    if (delta > 0 && !damp(W, P, delta)) return 0;
     row b, g = w->p[t + 1], h = w->s[t];
     EACH(v, ZV) b.v[v] = c[t + 1].v[v] - delta * w->p[t + 1].v[v];
     EACH(k, N) axpy(&g, clanes(&b)[k], &W[k]);
     EACH(k, N) axpy(&h, clanes(&g)[k], &Ft[k]);
-    multiply(G, NULL, clanes(W), 1, ZP, Ft, N, N);                    /* W F */
-    multiply(Y, w->H + t * Z, clanes(Ft), ZP, 1, G, N, Z);            /* H + F' W F */
+    multiply_symmetric(G, W, Ft);                                     /* W F */
+    add_product(Y, w->H + t * Z, Ft, G);                              /* H + F' W F */
     if (reg) EACH(i, Z) lanes(&Y[i])[i] += reg;
     /* Cholesky of G = Y_uu with V = L^-1 Y_u, vk = L^-1 h_u; the diagonal of L is kept inverted */
     row vk;
@@ -385,17 +405,16 @@ static int riccati(Work *w, const row *F, const row *c, double delta, double reg
       lanes(&vk)[i] = hi * inverse;
     }
     w->vk[t] = vk;
+    if (delta == 0) P = w->W + t * N;
     EACH(i, N) {
       row r = Y[i];
       EACH(m, M) axpy(&r, -clanes(&V[m])[i], &V[m]);
       P[i] = r;
     }
-    symmetrize(P);
     EACH(m, M) axpy(&h, -clanes(&vk)[m], &V[m]);
     w->p[t] = h;
   }
-  if (delta > 0) { if (!damp(w->W, P, delta)) return 0; }
-  else memcpy(w->W, P, sizeof(row) * N);
+  if (delta > 0 && !damp(w->W, P, delta)) return 0;
 
   EACH(t, T + 1) {
     row b = c[t], wb = {0}, x = {0};
@@ -537,46 +556,45 @@ void solve_al(void *work, Exchange *e) {
      sigma = 1 / (s/z + t/(rho - z))    dz = sigma (g' d + g + mu/z - mu/(rho - z))
    leaves the LQR with weights sigma and multipliers z + dz(d = 0). Its pivots certify the inertia of the whole. */
 
-/* sum of log(1 + a r), a product of eight at a time */
-static double log_sum(const Work *w, const double *ratio, double a) {
-  double total = 0;
-  vec product = all(1);
-  int count = 0;
-  EACH(t, w->T + 1) for (int r = 0; r < rows_of(w, t); r += LANES) {
-    product *= 1.0 + a * load(ratio + (long)t * w->rows + r);
-    if (++count == 4) {
-      double p = 1;
-      EACH(l, LANES) p *= product[l];
-      total += log(p);
-      product = all(1); count = 0;
-    }
-  }
-  double p = 1;
-  EACH(l, LANES) p *= product[l];
-  return total + log(p);
-}
-
 /* largest step fraction a <= 1 with 1 + a r >= 1 - tau for all ratios */
 static inline double fraction(double most, double tau) { return most > tau ? tau / most : 1.0; }
 
-/* l1 infeasibility of the defects and of g + (1 + a rs) s - (1 + a rt) t, and rho' t */
-static double infeasibility(const Work *w, const Point *p, int soft, double a, double *penalty) {
-  vec total = {0}, price = {0};
+typedef struct { double infeasibility, price, logs; } Barrier;  /* l1 norm of residuals; rho' t; sum of log s, log t */
+
+/* At p with slacks a step a along: a slack that is shorter than its row allows is set to what it allows, which lowers
+   both the barrier and the infeasibility (h of a sphere is concave, so rows far away would add nothing but noise).
+   New slacks go to w->snew; the logarithms are relative to the present slacks, taken of products of several ratios. */
+static inline Barrier measure(Work *w, const Point *p, int soft, double a) {
+  vec total = {0}, price = {0}, product = all(1);
+  double logs = 0;
+  int count = 0;
   EACH(t, w->T + 1) {
     EACH(v, ZV) total += vabs(p->c[t].v[v]);
     for (int r = 0; r < rows_of(w, t); r += LANES) {
       const long at = (long)t * w->rows + r;
-      vec gap = load(p->g + at) + load(w->slack + at) * (1.0 + a * load(w->dslack + at));
+      const vec s = load(w->slack + at), stretch = 1.0 + a * load(w->dslack + at);
+      vec least = -load(p->g + at);
       if (soft) {
-        const vec give = load(w->t + at) * (1.0 + a * load(w->dt + at));
-        gap -= give;
+        const vec grown = 1.0 + a * load(w->dt + at), give = load(w->t + at) * grown;
+        least += give;
+        product *= grown;
         price += load(w->rho_row + r) * give;
       }
-      total += vabs(gap);
+      const vec snew = vmax(s * stretch, least);
+      product *= choose(snew > s * stretch, snew / s, stretch);
+      store(w->snew + at, snew);
+      total += vabs(snew - least);
+      if (++count == 4) {
+        double q = 1;
+        EACH(l, LANES) q *= product[l];
+        logs += log(q);
+        product = all(1); count = 0;
+      }
     }
   }
-  *penalty = sum(price);
-  return sum(total);
+  double q = 1;
+  EACH(l, LANES) q *= product[l];
+  return (Barrier){sum(total), sum(price), logs + log(q)};
 }
 
 void solve_ip(void *work, Exchange *e) {
@@ -586,7 +604,9 @@ void solve_ip(void *work, Exchange *e) {
   const int T = w->T, soft = isfinite(e->elastic);
   rho_rows(w, e->elastic, 1e8);
   const double floor_mu = 0.1 * e->tolerance;
-  double mu = e->mu_start, nu = 1;
+  double mu = e->mu_start, logs = 0, theta_max = 0, theta_min = 0;
+  int filter = 0;
+  Barrier now = {0};
   long status = LIMIT;
   EACH(i, N) lanes(&w->a.z[0])[i] = e->x_init[i];
   evaluate(w, e->x_init, &w->a);
@@ -627,7 +647,7 @@ void solve_ip(void *work, Exchange *e) {
     double low = INFINITY;
     EACH(l, LANES) if (least[l] < low) low = least[l];
     const double xi = low / average, spread = 0.05 * (1 - xi) / xi, s3 = spread < 2 ? spread : 2;
-    if (e->steps) mu = 0.1 * s3 * s3 * s3 * average;
+    if (e->steps) mu = fmax(0.1 * s3 * s3 * s3 * average, fmin(0.1 * average, pow(average, 1.5)));
     if (mu < floor_mu) mu = floor_mu;
     EACH(t, T + 1) for (int r = 0; r < rows_of(w, t); r += LANES) {
       const long at = (long)t * w->rows + r;
@@ -696,29 +716,39 @@ void solve_ip(void *work, Exchange *e) {
       }
     }
     const double tau = fmax(0.99, 1 - mu), primal = fraction(largest(shrink), tau), a_dual = fraction(largest(fall), tau);
-    /* line search on the l1 merit */
-    double penalty, ignored;
-    nu = 1.1 * largest(largest_y);
-    const double theta = infeasibility(w, &w->a, soft, 0.0, &penalty);
-    const double merit = w->a.cost + penalty + nu * theta, down = sum(slope) - nu * theta;
-    const double noise = 10 * DBL_EPSILON * (fabs(merit) + 1);
+    /* filter line search: the step must improve the barrier function or the infeasibility, and on all before */
+    if (!e->steps) now = measure(w, &w->a, soft, 0.0);
+    const double theta = now.infeasibility, down = sum(slope), cost = w->a.cost + now.price;
+    const double phi = cost - mu * logs, noise = 10 * DBL_EPSILON * (fabs(phi) + 1);
+    if (!e->steps) theta_max = 1e4 * fmax(1, theta), theta_min = 1e-4 * fmax(1, theta);
     double a = primal;
-    int took = 0;
+    int took = 0, ftype = 0;
     EACH(trial, e->halvings + 1) {
       EACH(t, T + 1) EACH(v, ZV) w->b.z[t].v[v] = w->a.z[t].v[v] + a * w->d[t].v[v];
       evaluate(w, e->x_init, &w->b);
-      const double th = infeasibility(w, &w->b, soft, a, &ignored);
-      double logs = log_sum(w, w->dslack, a);
-      if (soft) logs += log_sum(w, w->dt, a);
-      if (w->b.cost + ignored + nu * th - mu * logs <= merit + 1e-4 * a * fmin(down, 0) + noise) { took = 1; break; }
+      now = measure(w, &w->b, soft, a);
+      const double value = w->b.cost + now.price - mu * (logs + now.logs);
+      ftype = theta <= theta_min && down < 0 && a * pow(-down, 2.3) > pow(theta, 1.1);
+      int good = now.infeasibility <= theta_max;
+      if (ftype) good = good && value <= phi + 1e-4 * a * down + noise;
+      else good = good && (now.infeasibility <= (1 - 1e-5) * theta || value <= phi - 1e-5 * theta + noise);
+      EACH(i, filter) good = good && (now.infeasibility <= w->filter[i][0]
+                                      || value <= w->filter[i][1] - mu * w->filter[i][2] + noise);
+      if (good) { took = 1; break; }
       a *= 0.5;
     }
+    if (!took) filter = 0;
+    if (!ftype && filter < FILTER) {
+      w->filter[filter][0] = (1 - 1e-5) * theta; w->filter[filter][1] = cost - 1e-5 * theta;
+      w->filter[filter][2] = logs; filter++;
+    }
+    logs += now.logs;
     swap(w);
+    double *slack = w->slack; w->slack = w->snew; w->snew = slack;
     EACH(t, T + 1) {
       EACH(v, ZV) w->y[t].v[v] += a * (w->ynew[t].v[v] - w->y[t].v[v]);
       for (int r = 0; r < rows_of(w, t); r += LANES) {
         const long at = (long)t * w->rows + r;
-        store(w->slack + at, load(w->slack + at) * (1.0 + a * load(w->dslack + at)));
         store(w->lam + at, load(w->lam + at) + a_dual * load(w->dlam + at));
         if (soft) store(w->t + at, load(w->t + at) * (1.0 + a * load(w->dt + at)));
       }
