@@ -3,17 +3,19 @@
 The generated text stands before solver.c in one translation unit and defines N, M, SPACE, POSITION and
 
   void rk4_linearize(const vec *x, const vec *u, double h, vec *next, vec *F)
+  void rk4_curvature(const vec *x, const vec *u, double h, const vec *y, vec *C)
 
 over `vec`, a vector of LANES doubles: each lane is a knot. F holds the structurally non-zero entries of
-dphi/d(x, u) in the order of F_ROW, F_COLUMN. f and df/d(x, u) share their common subexpressions; the chain rule
-of the Runge-Kutta step (see deqmpc.dynamics.integrators) is unrolled over non-zero entries.
+dphi/d(x, u) in the order of F_ROW, F_COLUMN; C those of the upper triangle of d^2(y' phi)/d(x, u)^2 in the order of
+C_ROW, C_COLUMN. f and df/d(x, u) share their common subexpressions; the chain rules of the Runge-Kutta step (see
+deqmpc.dynamics.integrators) are unrolled over non-zero entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deqmpc.dynamics.equations import Equations
+from deqmpc.dynamics.equations import Equations, curvature_program
 
 LANES = 8  # doubles in one vector: a register of AVX-512, two of AVX2, four of NEON
 
@@ -30,7 +32,7 @@ def c_source(equations: Equations, position: Sequence[int]) -> str:
         '{ for (int i = 0; i < LANES; i++) a[i] = f(a[i]); return a; }',
         *(f'LANEWISE({f})' for f in _FUNCTIONS),
     ]
-    return '\n'.join(['#include <math.h>', *head, *make.derivative(), *make.linearize(), ''])
+    return '\n'.join(['#include <math.h>', *head, *make.derivative(), *make.linearize(), *make.curvature(), ''])
 
 
 _FUNCTIONS = ('sin', 'cos', 'tan', 'exp', 'log', 'sqrt', 'tanh', 'asin', 'acos', 'atan')
@@ -162,3 +164,71 @@ class _Writer:
             value = f'w * ({" + ".join(terms)})' if terms else '(vec){0}'
             lines.append(f'  F[{e}] = {one}{value};')
         return [*lines, '}']
+
+    def curvature(self):
+        """d^2(y' phi)/dz^2 = sum_i S_i' [d^2(w_i' f)/dz^2] S_i, see deqmpc.dynamics.integrators."""
+        program = curvature_program(self.equations)
+        n = self.n
+        upper = [index for index, _ in program.entries]
+        S = self.sensitivities()
+        entries = sorted({(min(a, b), max(a, b)) for s in S for i, j in upper for a in s[i] for b in s[j]})
+        at = {e: i for i, e in enumerate(entries)}
+        rows, columns = zip(*(entries or [(0, 0)]), strict=True)  # C has no empty arrays
+        lines = ['static inline void f_curvature(const vec *x, const vec *u, const vec *w, vec *C) {',
+                 *self.unpack((('x', n), ('u', self.m), ('w', n))), '  const vec zero = {0}; (void)zero;']
+        lines += [f'  const vec {s} = {self.text(e)};' for s, e in program.assignments]
+        lines += [f'  C[{e}] = {"zero + " if not v.free_symbols else ""}{self.text(v)};'
+                  for e, (_, v) in enumerate(program.entries)]
+        lines += ['}', f'#define C_COUNT {len(entries)}',
+                  f'static const short C_ROW[{len(rows)}] = {{{", ".join(map(str, rows))}}};',
+                  f'static const short C_COLUMN[{len(rows)}] = {{{", ".join(map(str, columns))}}};',
+                  'static void rk4_curvature(const vec *x, const vec *u, double h, const vec *y, vec *C) {',
+                  *self.stages(), f'  vec w[4][N], c[{max(len(upper), 1)}];',
+                  '  for (int i = 0; i < N; i++) w[3][i] = (h / 6.0) * y[i];']
+        for s in (2, 1, 0):
+            lines += self.adjoint(s)
+        lines += ['  for (int e = 0; e < C_COUNT; e++) C[e] = (vec){0};']
+        for s in range(4):
+            lines += ['  {', f'    f_curvature(stage[{s}], u, w[{s}], c);']
+            full: dict[int, dict[int, str]] = {}
+            for e, (i, j) in enumerate(upper):
+                full.setdefault(i, {})[j] = f'c[{e}]'
+                full.setdefault(j, {})[i] = f'c[{e}]'
+            sums: dict[int, list[str]] = {}
+            for i, row in full.items():  # b = C S, then S' b: the upper triangle
+                right: dict[int, list[str]] = {}
+                for j, value in row.items():
+                    for b, factor in S[s][j].items():
+                        right.setdefault(b, []).append(_times(factor, value))
+                lines += [f'    const vec b{s}_{i}_{b} = {" + ".join(terms)};' for b, terms in right.items()]
+                for a, factor in S[s][i].items():
+                    for b in right:
+                        if a <= b:
+                            sums.setdefault(at[a, b], []).append(_times(factor, f'b{s}_{i}_{b}'))
+            lines += [f'    C[{e}] += {" + ".join(terms)};' for e, terms in sums.items()]
+            lines += ['  }']
+        return [*lines, '}']
+
+    def sensitivities(self):
+        """S_1 = I, S_i = [I + step K_{i-1}; 0 I]: for each stage and row {column: factor}."""
+        Z = self.n + self.m
+        S = []
+        for s in range(4):
+            step = 'h' if s == 3 else '(0.5 * h)'
+            rows = {r: {j: f'{step} * K[{s - 1}][{r * Z + j}]' for i, j in self.K[s - 1] if s and i == r}
+                    for r in range(Z)}
+            for r, row in rows.items():
+                row[r] = f'1.0 + {row[r]}' if r in row else '1.0'
+            S.append(rows)
+        return S
+
+    def adjoint(self, s):
+        """w_s = base y + step A_{s+1}' w_{s+1}"""
+        step, base = ('h' if s == 2 else '(0.5 * h)'), ('(h / 3.0)' if s else '(h / 6.0)')
+        for k in range(self.n):
+            terms = [f'{self.jacobian(s + 1, i, k)} * w[{s + 1}][{i}]' for i in self.A if k in self.A[i]]
+            yield f'  w[{s}][{k}] = {base} * y[{k}]' + (f' + {step} * ({" + ".join(terms)})' if terms else '') + ';'
+
+
+def _times(factor, value):
+    return value if factor == '1.0' else f'({factor}) * {value}'

@@ -39,7 +39,7 @@ typedef struct {
   /* in: where to start, out: the result; lambda is T, bounds + K */
   double *x, *u, *lambda, *eta, *mu;
   /* settings */
-  long iterations, gn_steps, max_steps, halvings;
+  long iterations, gn_steps, max_steps, halvings, exact_after;
   double gamma, mu_max, progress, feasibility, optimality, elastic, armijo, tolerance, mu_start, slack_min;
   /* report */
   long status, steps, outer;
@@ -58,7 +58,7 @@ typedef struct {
   Point a, b;
   row *ref, *weight, *H, *Hu, *s, *sd, *cc, *d, *P, *W, *V, *p, *y, *ynew, *chol, *vk;
   double *center, *half, *inv;           /* T+1, SPACE, KP; KP; KP */
-  double *lam, *slack, *dlam, *dslack, *v, *w, *t, *dt, *snew;   /* T+1, rows */
+  double *lam, *slack, *dlam, *dslack, *v, *w, *t, *dt, *snew, *by_z, *by_s;   /* T+1, rows */
   double filter[FILTER][3];              /* infeasibility, cost, sum of logs of former points */
   double *rho_row;                       /* rows */
   row up_on[3], up_limit[3], low_on[3], low_limit[3];      /* first, middle, last stage */
@@ -112,7 +112,7 @@ static size_t layout(Work *w, char *base, int T, int K_max) {
   EACH(i, (int)(sizeof per_stage / sizeof *per_stage)) ROWS(*per_stage[i], stages);
   ROWS(w->H, stages * Z); ROWS(w->P, N); ROWS(w->W, stages * N); ROWS(w->V, stages * M); ROWS(w->chol, stages * M);
   NUMBERS(w->center, stages * SPACE * rows); NUMBERS(w->half, rows); NUMBERS(w->inv, rows);
-  double **per_row[] = {&w->lam, &w->slack, &w->dlam, &w->dslack, &w->v, &w->w, &w->t, &w->dt, &w->snew};
+  double **per_row[] = {&w->lam, &w->slack, &w->dlam, &w->dslack, &w->v, &w->w, &w->t, &w->dt, &w->snew, &w->by_z, &w->by_s};
   EACH(i, (int)(sizeof per_row / sizeof *per_row)) NUMBERS(*per_row[i], stages * rows);
   NUMBERS(w->rho_row, rows);
   return at;
@@ -301,6 +301,26 @@ static void stage_terms(Work *w, const Point *p, const double *v, const double *
       }
     }
     w->s[t] = s; w->sd[t] = sd;
+  }
+}
+
+/* H += d^2(y' phi)/dz^2 */
+static void add_curvature(Work *w, const Point *p, const row *y) {
+  for (int t0 = 0; t0 < w->T; t0 += LANES) {
+    const int count = w->T - t0 < LANES ? w->T - t0 : LANES;
+    vec x[N], u[M], m[N], C[C_COUNT + 1];
+    EACH(l, LANES) {
+      const int t = t0 + (l < count ? l : 0);
+      EACH(i, N) { x[i][l] = clanes(&p->z[t])[i]; m[i][l] = clanes(&y[t + 1])[i]; }
+      EACH(j, M) u[j][l] = clanes(&p->z[t])[N + j];
+    }
+    rk4_curvature(x, u, w->h, m, C);
+    EACH(l, count) EACH(e, C_COUNT) {
+      row *H = w->H + (t0 + l) * Z;
+      const double c = ((double *)&C[e])[l];
+      lanes(&H[C_ROW[e]])[C_COLUMN[e]] += c;
+      if (C_ROW[e] != C_COLUMN[e]) lanes(&H[C_COLUMN[e]])[C_ROW[e]] += c;
+    }
   }
 }
 
@@ -581,7 +601,7 @@ static inline Barrier measure(Work *w, const Point *p, int soft, double a) {
         price += load(w->rho_row + r) * give;
       }
       const vec snew = vmax(s * stretch, least);
-      product *= choose(snew > s * stretch, snew / s, stretch);
+      product *= a == 0.0 ? all(1) : choose(snew > s * stretch, snew * load(w->by_s + at), stretch);
       store(w->snew + at, snew);
       total += vabs(snew - least);
       if (++count == 4) {
@@ -652,12 +672,13 @@ void solve_ip(void *work, Exchange *e) {
     EACH(t, T + 1) for (int r = 0; r < rows_of(w, t); r += LANES) {
       const long at = (long)t * w->rows + r;
       const vec z = load(w->lam + at), s = load(w->slack + at);
-      vec toward = load(w->a.g + at) + mu / z, width = s / z;
+      const vec by_z = 1.0 / z, by_s = 1.0 / s;
+      vec toward = load(w->a.g + at) + mu * by_z, sigma = z * by_s;
       if (soft) {
-        const vec rest = load(w->rho_row + r) - z;
-        toward -= mu / rest; width += load(w->t + at) / rest;
+        const vec by_rest = 1.0 / (load(w->rho_row + r) - z);
+        toward -= mu * by_rest; sigma = 1.0 / (s * by_z + load(w->t + at) * by_rest);
       }
-      const vec sigma = 1.0 / width;
+      store(w->by_z + at, by_z); store(w->by_s + at, by_s);
       store(w->w + at, sigma); store(w->v + at, z + sigma * toward);
     }
     stage_terms(w, &w->a, w->v, w->w, w->lam, 1.0);
@@ -675,12 +696,15 @@ void solve_ip(void *work, Exchange *e) {
       break;
     }
     if (e->steps >= e->max_steps) break;
-    /* step */
-    if (!riccati(w, w->a.F, w->a.c, 0.0, 0.0)) {
+    /* step: all curvature where Gauss-Newton is slow, then that of the spheres, then none, until the pivots are positive */
+    int curvature = e->steps >= e->exact_after ? 2 : 1;
+    for (; curvature >= 0; curvature--) {
+      if (curvature == 2) add_curvature(w, &w->a, w->y);
+      else if (curvature == 0 || e->steps >= e->exact_after) stage_terms(w, &w->a, w->v, w->w, w->lam, curvature);
+      if (riccati(w, w->a.F, w->a.c, 0.0, 0.0)) break;
       e->outer++;
-      stage_terms(w, &w->a, w->v, w->w, w->lam, 0.0);
-      if (!riccati(w, w->a.F, w->a.c, 0.0, 0.0)) { status = SINGULAR; break; }
     }
+    if (curvature < 0) { status = SINGULAR; break; }
     vec shrink = {0}, fall = {0}, slope = {0}, largest_y = {0};
     EACH(t, T + 1) {
       const int kind = kind_of(w, t);
@@ -699,11 +723,11 @@ void solve_ip(void *work, Exchange *e) {
                                   * clanes(&w->d[t])[POSITION[i]];
           along *= -2.0 * load(w->inv + k);
         }
-        const vec z = load(w->lam + at), s = load(w->slack + at);
+        const vec z = load(w->lam + at);
         const vec dz = load(w->v + at) - z + load(w->w + at) * along;
-        const vec rs = (mu / z - (s / z) * dz) / s - 1.0;
+        const vec by_z = load(w->by_z + at), rs = (mu * load(w->by_s + at) - dz) * by_z - 1.0;
         slope -= mu * rs;
-        shrink = vmax(shrink, -rs); fall = vmax(fall, -dz / z);
+        shrink = vmax(shrink, -rs); fall = vmax(fall, -dz * by_z);
         if (soft) {
           const vec rest = load(w->rho_row + r) - z, give = load(w->t + at);
           const vec rt = (mu / rest + (give / rest) * dz) / give - 1.0;

@@ -17,6 +17,7 @@ import ctypes
 import logging
 from dataclasses import dataclass, fields
 from importlib import resources
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class Settings:
 
     tolerance: float = 1e-6  # on defects, rows and complementarity; stationarity to 100 times that, relatively
     max_steps: int = 100  # Newton steps at most, for a bounded solve time
+    exact_after: int = 8  # step from which on the curvature of the dynamics is used: where Gauss-Newton is slow
     elastic: float = float('inf')  # largest multiplier of a constraint on the state; finite = soft constraints
     feasibility: float = 1e-4  # violation from which on a soft constraint counts as given up (INFEASIBLE)
     mu_start: float = 0.1  # first barrier parameter, in units of the cost
@@ -43,15 +45,14 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == 'max_steps':
+            if f.type == 'int':
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise ValueError(f'max_steps = {value!r}; expected an integer >= 1')
+                    raise ValueError(f'{f.name} = {value!r}; expected an integer >= 1')
             elif not (isinstance(value, (int, float)) and value > 0):
                 raise ValueError(f'{f.name} = {value!r}; expected a number > 0')
 
 
-@dataclass(frozen=True)
-class WarmStart:
+class WarmStart(NamedTuple):  # made in every call: a frozen dataclass takes five times as long
     """Where a solve starts. Multipliers and penalty are used by the augmented Lagrangian only."""
 
     x: np.ndarray  # (T+1, n)
@@ -67,8 +68,7 @@ class WarmStart:
         return WarmStart(shift(self.x), shift(self.u), shift(self.lam), shift(self.eta), self.mu)
 
 
-@dataclass(frozen=True)
-class Solution:
+class Solution(NamedTuple):
     """Result of a solve. Its arrays are its own."""
 
     x: np.ndarray  # (T+1, n); NaN where the status is NOT_FINITE
@@ -149,7 +149,7 @@ class _Exchange(ctypes.Structure):
         ('K', ctypes.c_long)] + [
         (name, ctypes.c_void_p) for name in ('x_init', 'x_ref', 'u_ref', 'centers', 'radii',
                                              'x', 'u', 'lam', 'eta', 'mu')] + [
-        (name, ctypes.c_long) for name in ('iterations', 'gn_steps', 'max_steps', 'halvings')] + [
+        (name, ctypes.c_long) for name in ('iterations', 'gn_steps', 'max_steps', 'halvings', 'exact_after')] + [
         (name, ctypes.c_double) for name in ('gamma', 'mu_max', 'progress', 'feasibility', 'optimality', 'elastic',
                                              'armijo', 'tolerance', 'mu_start', 'slack_min')] + [
         (name, ctypes.c_long) for name in ('status', 'steps', 'outer')] + [
@@ -176,7 +176,7 @@ class _Compiled:
         e = self._exchange = _Exchange(T=T, K_max=K, bounds=bounds, dt=problem.dt,
                                        **{name: v.ctypes.data for name, v in own.items()})
         for name in ('mu_max', 'gamma', 'progress', 'feasibility', 'optimality', 'elastic', 'armijo', 'iterations',
-                     'gn_steps', 'max_steps', 'halvings', 'tolerance', 'mu_start', 'slack_min'):
+                     'gn_steps', 'max_steps', 'halvings', 'exact_after', 'tolerance', 'mu_start', 'slack_min'):
             setattr(e, name, getattr(settings, name, 0))
         self._is_al = isinstance(settings, al.Settings)
         self._mu_0 = settings.mu_0 if self._is_al else 1.0
@@ -261,7 +261,7 @@ _NO_START = WarmStart(None, None)
 
 
 def _copy(name, to, value):
-    if np.shape(value) != to.shape:
+    if (value.shape if type(value) is np.ndarray else np.shape(value)) != to.shape:  # 10 times faster on arrays
         raise ValueError(f'{name} has shape {np.shape(value)}, expected {to.shape}')
     to[...] = value
 
