@@ -155,7 +155,8 @@ def test_the_compiled_network_equals_the_torch_module(changes):
     for seed in range(3):
         given = [v[0].numpy() for v in inputs(settings, B=1, seed=seed)]
         with torch.no_grad():
-            expected = network(*(torch.tensor(v)[None] for v in given), z=None if z is None else torch.tensor(z.T)[None])
+            first = None if z is None else torch.tensor(z.T)[None]
+            expected = network(*(torch.tensor(v)[None] for v in given), z=first)
         answer = twin(*given, z=z)
         assert answer.theta == pytest.approx(expected.theta[0].numpy(), abs=5e-5)
         assert answer.evaluations == int(expected.evaluations) and answer.converged == bool(expected.converged)

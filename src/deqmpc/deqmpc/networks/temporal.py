@@ -60,7 +60,7 @@ class Settings:
     spheres: bool = False  # encode spheres
     spatial: int = 3  # d, numbers of a sphere's centre; the first numbers of a state are the position they act on
     state_scale: tuple[float, ...] = ()  # states are divided by these before they are encoded; empty: ones
-    gradient_steps: int = 3  # applications of d that carry the gradient
+    gradient_steps: int = 3  # terms of the equilibrium's gradient
     fixed_point: anderson.Settings = anderson.Settings()  # how d's fixed point is found
 
     def __post_init__(self):

@@ -88,10 +88,10 @@ class Step:
     violation: float  # largest violation of a bound or sphere
 
     def shifted(self, steps: int) -> Step:
-        """Advanced by `steps` knots, the last knot repeated."""
+        """Advanced by `steps` knots, the last knot repeated; the equilibrium stays (deqmpc.policies.deq_mpc)."""
         def shift(v):
-            return None if v is None else np.concatenate([v[steps:], np.repeat(v[-1:], min(steps, len(v)), axis=0)])
-        return replace(self, x=shift(self.x), u=shift(self.u), z=shift(self.z), theta=shift(self.theta))
+            return np.concatenate([v[steps:], np.repeat(v[-1:], min(steps, len(v)), axis=0)])
+        return replace(self, x=shift(self.x), u=shift(self.u), theta=shift(self.theta))
 
 
 class StepController(Protocol):

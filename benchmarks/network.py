@@ -1,0 +1,196 @@
+"""Speed of the network for one sample, and of a whole control step. One thread.
+
+  python benchmarks/network.py                      the network: this project against torch and ONNX Runtime
+  python benchmarks/network.py --step               whole control steps along expert trajectories, warm-started
+  --model FOLDER                                    with trained weights instead of fresh ones (--step)
+  --emptied                                         caches emptied before every call, as between two ticks at 10 Hz
+
+Every line: median and p99 of the calls, evaluations of the equilibrium cell (mean), megabytes of convolution weights
+read, largest difference of theta to the torch module in float32. torch.compile and ONNX Runtime run where they are
+installed (pip install onnx onnxscript onnxruntime) and with --peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deqmpc.dynamics.quadrotor import U_HIGH, U_HOVER, U_LOW, Quadrotor
+from deqmpc.networks.inference import Inference
+from deqmpc.networks.temporal import Settings, TemporalNetwork
+from deqmpc.policies import model
+from deqmpc.policies.deq_mpc import Controller, DeqMpc
+from deqmpc.policies.deq_mpc import Settings as Method
+from deqmpc.problem import Problem
+
+DATA = Path(os.environ.get('DEQMPC_DATA', Path(__file__).parents[1] / '../shared/data'))
+LARGE = np.zeros(1 << 26, np.uint8)  # 64 MB, twice the last-level cache of the machines used
+
+
+def empty_caches():
+    """Write more than the caches hold."""
+    LARGE[:] = LARGE[0] + 1
+
+
+def timed(call, count: int, emptied: bool):
+    """ms of each call, after a tenth as many for warming up."""
+    for _ in range(max(count // 10, 3)):
+        call()
+    made = np.empty(count)
+    for i in range(count):
+        if emptied:
+            empty_caches()
+        start = time.perf_counter()
+        call()
+        made[i] = (time.perf_counter() - start) * 1e3
+    return made
+
+
+def line(name, ms, evaluations, megabytes, difference):
+    print(f'{name:<46} {np.median(ms):8.3f} {np.percentile(ms, 99):8.3f} {evaluations:6.1f} {megabytes:8.1f} '
+          f'{difference:10.1e}', flush=True)
+
+
+def sample(settings: Settings, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=settings.n)
+    tau = x + 0.1 * rng.normal(size=(settings.horizon + 1, settings.n))
+    centers = rng.normal(size=(settings.horizon + 1, 40, 3))
+    return x, tau, centers, np.full(40, 0.1)
+
+
+def networks(arguments):
+    """One call of the network, by hidden size and way of computing."""
+    for hidden in arguments.hidden:
+        for kind in ('nn', 'deq'):
+            torch.manual_seed(0)
+            network = TemporalNetwork(Settings(kind=kind, hidden=hidden, spheres=True))
+            given = sample(network.settings)
+            tensors = [torch.tensor(v, dtype=torch.float32)[None] for v in given]
+            with torch.inference_mode():
+                expected = network(*tensors)
+            theta = expected.theta[0].numpy()
+            for storage in ('float32', 'float16'):
+                inference = Inference(network, storage)
+                way = 'compiled' if inference.compiled else 'torch (no compiler)'
+                answer = inference(*given)
+                line(f'{kind} {hidden} {way} {storage}, cold', timed(lambda: inference(*given), arguments.count,  # noqa: B023
+                                                                     arguments.emptied),
+                     answer.evaluations, inference.bytes_read(answer.evaluations) / 1e6,
+                     np.abs(answer.theta - theta).max())
+                if kind == 'deq':
+                    line(f'{kind} {hidden} {way} {storage}, at the fixed point',
+                         timed(lambda: inference(*given, answer.z), arguments.count, arguments.emptied), 1,  # noqa: B023
+                         inference.bytes_read(1) / 1e6, np.abs(answer.theta - theta).max())
+            megabytes = 12 * hidden ** 2 * 4 / 1e6
+
+            def eager():
+                with torch.inference_mode():
+                    return network(*tensors)  # noqa: B023
+            line(f'{kind} {hidden} torch eager', timed(eager, arguments.count // 4, arguments.emptied),
+                 float(expected.evaluations), megabytes, 0.0)
+            if arguments.peers and kind == 'nn':
+                peers(network, tensors, theta, arguments, megabytes)
+
+
+def peers(network, tensors, theta, arguments, megabytes):
+    """The feed-forward network by torch.compile and ONNX Runtime."""
+    class Theta(torch.nn.Module):
+        def forward(self, *given):
+            c = network.inject(*given)
+            z = torch.relu(c)
+            for block in network.blocks:
+                z = block(z)
+            return network.predict(given[0], network.head(z))
+    name = f'nn {network.settings.hidden}'
+    try:
+        compiled = torch.compile(Theta())
+        with torch.inference_mode():
+            got = compiled(*tensors)[0].numpy()
+
+            def call():
+                return compiled(*tensors)
+            line(f'{name} torch.compile', timed(call, arguments.count // 4, arguments.emptied), 0, megabytes,
+                 np.abs(got - theta).max())
+    except Exception as error:  # a peer's failure is a line of the table
+        print(f'{name} torch.compile: {type(error).__name__}: {str(error).splitlines()[0][:80]}')
+    try:
+        import onnxruntime
+    except ImportError:
+        print(f'{name} ONNX Runtime: not installed')
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / 'network.onnx')
+        torch.onnx.export(Theta().eval(), tuple(tensors), path, input_names=['x', 'tau', 'centers', 'radii'],
+                          dynamo=True, verbose=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
+        got = session.run(None, feed)[0][0]
+        line(f'{name} ONNX Runtime', timed(lambda: session.run(None, feed), arguments.count, arguments.emptied), 0,
+             megabytes, np.abs(got - theta).max())
+
+
+def control_steps(arguments):
+    """Whole control steps of the quadrotor with 40 spheres along expert trajectories."""
+    data = np.load(DATA / 'experts/quadrotor.npz')
+    states = data['states'].reshape(len(data['lengths']), -1, 12).astype(float)
+    problem = Problem(Quadrotor(), 0.05, 5, Q=[10.0] * 6 + [1.0] * 6, R=[1e-8] * 4, u_low=[U_LOW] * 4,
+                      u_high=[U_HIGH] * 4)
+    u_ref = np.full((5, 4), U_HOVER)
+    rng = np.random.default_rng(0)
+    centers = np.repeat(rng.uniform(-5.0, 5.0, size=(1, 40, 3)), 6, axis=0)
+    radii = np.full(40, 0.3)
+    for hidden in arguments.hidden:
+        for kind in ('deq', 'nn'):
+            torch.manual_seed(0)
+            network = TemporalNetwork(Settings(kind=kind, hidden=hidden, spheres=True))
+            if arguments.model:
+                network = model.load(arguments.model).network
+            for method, storage in (('deq_mpc', 'float32'), ('deq_mpc', 'float16'), ('diff_mpc', 'float32')):
+                controller = Controller(DeqMpc(problem, network, Method(method=method, softness=300.0)), storage)
+                ms, evaluations, steps, residual = [], [], [], []
+                for trajectory in states[:max(arguments.count // 90, 1)]:
+                    step = None
+                    for x in trajectory[:91]:
+                        if arguments.emptied:
+                            empty_caches()
+                        start = time.perf_counter()
+                        warm = None if step is None else step.shifted(1)
+                        step = controller.step(x, u_ref, centers, radii, warm)
+                        if warm is not None:
+                            ms.append((time.perf_counter() - start) * 1e3)
+                            evaluations.append(step.evaluations)
+                            steps.append(step.steps)
+                            residual.append(step.defect)
+                read = controller.network.bytes_read(0) + np.mean(evaluations) * (
+                    controller.network.bytes_read(1) - controller.network.bytes_read(0))
+                line(f'{method} {network.settings.kind} {network.settings.hidden} {storage}', ms, np.mean(evaluations),
+                     read / 1e6, np.percentile(residual, 99))
+                print(f'    {len(ms)} steps, evaluations p99 {np.percentile(evaluations, 99):.0f}, Gauss-Newton steps '
+                      f'{np.mean(steps):.1f}; last column: p99 of the defect')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--hidden', type=int, nargs='+', default=[256, 512, 1024])
+    parser.add_argument('--count', type=int, default=1000, help='calls of each line')
+    parser.add_argument('--step', action='store_true', help='whole control steps')
+    parser.add_argument('--emptied', action='store_true', help='empty the caches before each call')
+    parser.add_argument('--peers', action='store_true', help='torch.compile and ONNX Runtime as well')
+    parser.add_argument('--model', help='folder of a trained model, for --step')
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f'{"":<46} {"median":>8} {"p99 ms":>8} {"evals":>6} {"MB":>8} {"difference":>10}')
+    (control_steps if arguments.step else networks)(arguments)
+
+
+if __name__ == '__main__':
+    main()
