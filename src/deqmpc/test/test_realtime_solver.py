@@ -268,6 +268,19 @@ def test_a_broken_library_in_the_cache_is_built_again(tmp_path, monkeypatch):
     assert build.load(text).answer() == 43
 
 
+def test_a_kept_text_of_other_dynamics_is_noticed_and_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    RealtimeSolver(problem(), 1)
+    text, = (tmp_path / 'deqmpc').glob('*.c')
+    right = text.read_text()
+    text.write_text(right.replace('9.81', '9.51'))
+    assert right != text.read_text()
+    solver = RealtimeSolver(problem(), 1)
+    assert text.read_text() == right
+    following, _ = solver.linearize(np.zeros((6, 12)), np.ones((5, 4)))
+    assert np.abs(following).max() < 1e-12  # hover
+
+
 # --- against Ipopt --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('T, failures', [(5, 0), (20, 1), (50, 1)])

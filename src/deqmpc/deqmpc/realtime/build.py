@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,19 @@ def load(text: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise NoCompiler(f'{library} was built and cannot be loaded: {error}') from error
+
+
+def cached_text(parts: Sequence[str], make: Callable[[], str], renew: bool = False) -> str:
+    """The text that `make` returns for these `parts`; kept in the cache, since it may take seconds to make."""
+    path = _folder() / f'{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.c'
+    if path.exists() and not renew:
+        return path.read_text()
+    text = make()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='build-') as folder:
+        made = Path(folder) / 'text.c'
+        made.write_text(text)
+        os.replace(made, path)
+    return text
 
 
 def available() -> bool:

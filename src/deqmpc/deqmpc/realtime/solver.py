@@ -14,6 +14,7 @@ Arrays are NumPy float64. A solver owns its buffers: one thread at a time, a sol
 from __future__ import annotations
 
 import ctypes
+import inspect
 import logging
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -22,9 +23,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from deqmpc.dynamics import equations as dynamics
+from deqmpc.dynamics.integrators import rk4
 from deqmpc.problem import Problem
-from deqmpc.realtime import build
-from deqmpc.realtime.codegen import c_source
+from deqmpc.realtime import build, codegen
 from deqmpc.solvers import augmented_lagrangian as al
 
 log = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ class RealtimeSolver:
                              f'only, expected 0')
         self.problem, self.spheres_max, self.settings = problem, spheres_max, settings
         try:
-            self._backend = _Compiled(problem, spheres_max, settings)
+            self._backend = _compiled(problem, spheres_max, settings)
         except build.NoCompiler as error:
             _say_once(error)
             self._backend = _Torch(problem, settings)
@@ -156,13 +158,33 @@ class _Exchange(ctypes.Structure):
         (name, ctypes.c_double) for name in ('defect', 'violation', 'decrement', 'cost')]
 
 
+def _library(equations, position, renew=False) -> ctypes.CDLL:
+    """The library of these dynamics. Deriving them takes seconds, so the text is kept under what it is made from."""
+    try:
+        sources = [inspect.getsource(inspect.getmodule(part)) for part in (type(equations), dynamics, codegen)]
+    except (OSError, TypeError):  # equations typed into an interpreter: nothing to tell an old text by
+        text = codegen.c_source(equations, position)
+    else:
+        parts = [repr(equations), repr(position), *sources]
+        text = build.cached_text(parts, lambda: codegen.c_source(equations, position), renew)
+    return build.load(text + resources.files('deqmpc.realtime').joinpath('solver.c').read_text())
+
+
+def _compiled(problem, spheres_max, settings) -> _Compiled:
+    """The compiled solver, its dynamics checked against their definition: a kept text may be of an older one, where
+    the equations use another module that has changed."""
+    for renew in (False, True):
+        made = _Compiled(problem, spheres_max, settings, renew)
+        if made.agrees_with(problem):
+            return made
+    raise RuntimeError(f'the code generated from {problem.equations} does not agree with its definition')
+
+
 class _Compiled:
-    def __init__(self, problem: Problem, spheres_max: int, settings: Settings | al.Settings):
+    def __init__(self, problem: Problem, spheres_max: int, settings: Settings | al.Settings, renew: bool = False):
         position = range(problem.n)[problem.position]
         T, n, m, d, K = problem.horizon, problem.n, problem.m, len(position), spheres_max
-        text = c_source(problem.equations, position)
-        text += resources.files('deqmpc.realtime').joinpath('solver.c').read_text()
-        self._library = build.load(text)
+        self._library = _library(problem.equations, position, renew)
         bounds = len(problem.limit)
         lane = problem.sign.abs().argmax(dim=1).numpy()
         own = {
@@ -191,6 +213,14 @@ class _Compiled:
             raise MemoryError(f'no memory for a horizon of {T} with {K} spheres')
         self._run = self._library.solve_al if self._is_al else self._library.solve_ip
         self._run.restype, self._run.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
+
+    def agrees_with(self, problem: Problem) -> bool:
+        """Whether one step at a random point is that of the dynamics' definition, run on floats."""
+        rng = np.random.default_rng(0)
+        T, n, m, *_ = self._shapes
+        x, u = np.tile(0.3 * rng.normal(size=n), (T + 1, 1)), np.tile(1.0 + 0.3 * rng.normal(size=m), (T, 1))
+        exact = np.array(rk4(problem.equations.derivative, x[0].tolist(), u[0].tolist(), problem.dt)[0])
+        return bool(np.abs(self.linearize(x, u)[0] - exact).max() <= 1e-9 * (1.0 + np.abs(exact).max()))
 
     def __del__(self):
         if getattr(self, '_work', None):
