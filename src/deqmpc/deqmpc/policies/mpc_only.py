@@ -1,6 +1,6 @@
 """Model-predictive control without a network: straight to the goal, around every sphere.
 
-Each call solves deqmpc.problem on the Crazyflie's model with the augmented Lagrangian of deqmpc.realtime:
+Each call solves deqmpc.problem on the Crazyflie's model with the interior-point method of deqmpc.realtime:
 
   min  sum of |x_t - xr_t|_Q^2 + |u_t - 1|_R^2       xr runs towards the goal at cruise speed
   s.t. the dynamics, thrust bounds, speed limit, floor, and |p_t - o_jt| >= r_j + margin for every sphere j
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deqmpc import realtime
 from deqmpc.airframe import Airframe
 from deqmpc.dynamics import rotation
 from deqmpc.dynamics.crazyflie import Crazyflie
@@ -54,7 +55,7 @@ class Settings:
     rate_weight: float = 0.1  # per (rad/s)^2
     input_weight: float = 0.1  # per (hover thrust)^2
     softness: float = 300.0  # largest multiplier of a constraint on the state: the price of 1 m of violation
-    max_steps: int = 20  # Gauss-Newton steps in one call
+    max_steps: int = 60  # Newton steps in one call
     spheres_max: int = 200  # most spheres that one call takes
     airframe: str = ''  # YAML file of deqmpc.airframe; empty: its defaults
 
@@ -102,9 +103,7 @@ class MpcOnly:
             u_low=[lowest] * 4, u_high=[highest] * 4,
             x_low=[-np.inf, -np.inf, s.floor, *[-np.inf] * 3, *[-v for v in speed], *[-np.inf] * 3],
             x_high=[*free, *free, *speed, *free])
-        self._solver = RealtimeSolver(self.problem, s.spheres_max, al.Settings(
-            mu_0=1e4, iterations=10, gn_steps=8, max_steps=s.max_steps, elastic=s.softness, feasibility=1e-3,
-            optimality=1e-3))
+        self._solver = _solver(self.problem, s)
         yaw = s.goal[3]
         self._unturn = rotation.from_yaw(yaw)  # from the turned frame to the world
         self._turn = rotation.rotate(self._unturn, np.eye(3))  # rows: the turned axes; world to turned frame
@@ -217,6 +216,18 @@ class MpcOnly:
         return Plan(stamp=state.stamp, time_from_start=times, position=x[:, :3] @ back.T,
                     quaternion=rotation.normalize(quaternion), velocity=x[:, 6:9] @ back.T,
                     rates=x[:, 9:12].copy(), acceleration=rate @ back.T)
+
+
+def _solver(problem: Problem, s: Settings) -> RealtimeSolver:
+    """The compiled interior-point method; without a compiler the torch augmented Lagrangian with so few steps that it
+    keeps a 10 Hz tick, at the price of a refused plan now and then."""
+    solver = RealtimeSolver(problem, s.spheres_max, realtime.Settings(
+        tolerance=1e-4, feasibility=1e-3, elastic=s.softness, max_steps=s.max_steps))
+    if solver.compiled:
+        return solver
+    return RealtimeSolver(problem, s.spheres_max, al.Settings(
+        mu_0=1e4, iterations=10, gn_steps=8, max_steps=min(s.max_steps, 20), elastic=s.softness, feasibility=1e-3,
+        optimality=1e-3))
 
 
 def _refused(message):
