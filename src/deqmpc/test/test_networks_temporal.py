@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from deqmpc.networks import inference as inference_module
-from deqmpc.networks.convolution import convolution
+from deqmpc.networks.convolution import convolution, packed
 from deqmpc.networks.equilibrium import equilibrium
 from deqmpc.networks.inference import Inference
+from deqmpc.networks.normalization import GroupNorm
 from deqmpc.networks.temporal import Settings, TemporalNetwork
 from deqmpc.realtime import build
 from deqmpc.solvers import anderson
@@ -134,10 +135,34 @@ def test_bfloat16_products_stay_within_their_rounding_of_the_convolution():
     x, w = torch.randn(3, 32, 5, requires_grad=True), (0.1 * torch.randn(16, 32, 3)).requires_grad_()
     b, g = torch.randn(16), torch.randn(3, 16, 5)
     exact = torch.nn.functional.conv1d(x, w, b, padding=1)
-    rounded = convolution(x, w, b)
+    rounded = convolution(x, w, b, packed(w))
     assert (exact - rounded).norm() < 2.0 ** -7 * exact.norm()
     for a, e in zip(torch.autograd.grad(rounded, (x, w), g), torch.autograd.grad(exact, (x, w), g), strict=True):
         assert (a - e).norm() < 2.0 ** -6 * e.norm()
+
+
+def test_bfloat16_products_follow_a_change_of_the_weights():
+    network = TemporalNetwork(SMALL)
+    network.bfloat16 = True
+    x, tau, *_ = inputs(SMALL)
+    before = network(x, tau).theta
+    before.sum().backward()
+    torch.optim.SGD(network.parameters(), lr=0.1).step()
+    after = network(x, tau).theta
+    network.bfloat16 = False
+    assert torch.allclose(after, network(x, tau).theta, atol=0.1) and not torch.allclose(after, before, atol=0.1)
+
+
+def test_the_norms_backward_pass_is_torchs():
+    norm, twin = GroupNorm(4, 16).double(), torch.nn.GroupNorm(4, 16).double()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+        norm.bias.normal_()
+    twin.load_state_dict(norm.state_dict())
+    x, g = torch.randn(3, 16, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 16, 5, dtype=torch.float64)
+    made = torch.autograd.grad(norm(x), (x, norm.weight, norm.bias), g)
+    expected = torch.autograd.grad(twin(x), (x, twin.weight, twin.bias), g)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(made, expected, strict=True))
 
 
 TWINS = [dict(), dict(kind='nn', blocks=2), dict(spheres=True), dict(kind='nn', spheres=True, output='delta'),
@@ -158,12 +183,12 @@ def test_the_compiled_network_equals_the_torch_module(changes):
             first = None if z is None else torch.tensor(z.T)[None]
             expected = network(*(torch.tensor(v)[None] for v in given), z=first)
         answer = twin(*given, z=z)
-        assert answer.theta == pytest.approx(expected.theta[0].numpy(), abs=5e-5)
+        assert answer.theta == pytest.approx(expected.theta[0].numpy(), abs=2e-5)
         assert answer.evaluations == int(expected.evaluations) and answer.converged == bool(expected.converged)
         assert answer.residual == pytest.approx(float(expected.residual), rel=1e-2, abs=1e-6)
         if settings.kind == 'deq':
             # Anderson's weights magnify the rounding of the residuals' inner products
-            assert answer.z == pytest.approx(expected.z[0].numpy().T, abs=3e-4)
+            assert answer.z == pytest.approx(expected.z[0].numpy().T, abs=5e-5)
             cold = answer if cold is None else cold
             z = cold.z
     if settings.kind == 'deq':

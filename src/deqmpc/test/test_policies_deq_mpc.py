@@ -66,9 +66,11 @@ def test_each_variant_plans_and_its_loss_falls_along_its_gradient(method, kind):
     assert after < loss.detach()
 
 
-def test_the_first_iterates_gradient_agrees_with_finite_differences():
+@pytest.mark.parametrize('compiled', [True, False])
+def test_the_first_iterates_gradient_agrees_with_finite_differences(compiled):
     # one iterate of a feed-forward network: no fixed point's tolerance and no warm start's history in the way
-    deq_mpc = joint(kind='nn', iterations=1, al_iterations=12, gn_steps=30, tolerance=1e-9).double()
+    deq_mpc = joint(kind='nn', iterations=1, al_iterations=12, gn_steps=30, tolerance=1e-9, exact_gradient=True,
+                    compiled=compiled).double()
     given = situation(B=2)
     weight = deq_mpc.network.head_out.bias
     direction = torch.randn_like(weight)
@@ -109,6 +111,19 @@ def test_a_warm_start_needs_one_iteration_and_runs_its_last_penalty_at_the_large
     assert Settings().warm_penalty(1) == 1e7 and Settings().warm_penalty(2) == 1e5
     assert float((warm.x[0] - cold.x[-1])[..., :6].abs().max()) < 0.02  # m and MRPs
     assert warm.predictions[0].evaluations.max() <= 3
+
+
+@pytest.mark.parametrize('method', ['deq_mpc', 'diff_mpc'])
+def test_the_compiled_solver_and_the_batched_one_give_the_same_plans_and_gradients(method):
+    made, gradients = [], []
+    for compiled in (True, False):
+        deq_mpc = joint(method, 'nn', compiled=compiled)
+        made.append(deq_mpc(*situation()))
+        imitation_loss(made[-1], torch.zeros_like(made[-1].x[0]))[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in deq_mpc.parameters() if p.grad is not None]))
+    for a, b in zip(made[0].x, made[1].x, strict=True):
+        assert torch.allclose(a, b, atol=1e-3)
+    assert (gradients[0] - gradients[1]).norm() < 2e-2 * gradients[1].norm()
 
 
 def test_iterations_may_be_chosen_at_run_time():

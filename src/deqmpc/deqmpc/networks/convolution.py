@@ -15,9 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (B, C, N), weight (O, C, 3), bias (O,) -> (B, O, N), in the type of x."""
-    return _Convolution.apply(x, weight) + bias.unsqueeze(1)
+def packed(weight: Tensor) -> Tensor:
+    """W (3 C, O) in bfloat16 of weight (O, C, 3)."""
+    return weight.detach().permute(2, 1, 0).reshape(-1, weight.shape[0]).to(torch.bfloat16)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor, W: Tensor) -> Tensor:
+    """x (B, C, N), weight (O, C, 3), bias (O,) -> (B, O, N), in the type of x. W is packed(weight)."""
+    return _Convolution.apply(x, weight, W) + bias.unsqueeze(1)
 
 
 def _unfold(x: Tensor) -> Tensor:
@@ -29,10 +34,9 @@ def _unfold(x: Tensor) -> Tensor:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, W):
         B, C, N = x.shape
         X = _unfold(x.transpose(1, 2).to(torch.bfloat16, memory_format=torch.contiguous_format))
-        W = weight.to(torch.bfloat16).permute(2, 1, 0).reshape(3 * C, -1)
         ctx.save_for_backward(X, W)
         ctx.shape, ctx.dtype = x.shape, x.dtype
         return (X @ W).view(B, N, -1).transpose(1, 2).to(x.dtype, memory_format=torch.contiguous_format)
@@ -51,5 +55,5 @@ class _Convolution(torch.autograd.Function):
             gx[:, 1:] += d[:, :-1, 2]
             gx = gx.transpose(1, 2)
         if ctx.needs_input_grad[1]:
-            gw = (X.T @ g).view(3, C, -1).permute(2, 1, 0).to(ctx.dtype)
-        return gx, gw
+            gw = (g.T @ X).view(-1, 3, C).to(ctx.dtype).transpose(1, 2)
+        return gx, gw, None

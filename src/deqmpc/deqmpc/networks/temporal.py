@@ -35,8 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqmpc.networks.convolution import convolution
+from deqmpc.networks.convolution import convolution, packed
 from deqmpc.networks.equilibrium import equilibrium
+from deqmpc.networks.normalization import GroupNorm
 from deqmpc.solvers import anderson
 
 KINDS = ('deq', 'nn')
@@ -107,16 +108,16 @@ class TemporalNetwork(nn.Module):
             self.sphere = Encoder(s.spatial + 2, h // 4)
             self.sphere_out = nn.Linear(h // 4, h)
         self.injection = Convolution(h, h)
-        self.injection_norm = nn.GroupNorm(s.groups, h)
+        self.injection_norm = GroupNorm(s.groups, h)
         if s.kind == 'deq':
-            self.first, self.first_norm = Convolution(h, inner), nn.GroupNorm(s.groups, inner)
-            self.second, self.second_norm = Convolution(inner, h), nn.GroupNorm(s.groups, h)
-            self.last_norm = nn.GroupNorm(s.groups, h)
+            self.first, self.first_norm = Convolution(h, inner), GroupNorm(s.groups, inner)
+            self.second, self.second_norm = Convolution(inner, h), GroupNorm(s.groups, h)
+            self.last_norm = GroupNorm(s.groups, h)
             with torch.no_grad():
                 self.second.weight.mul_(0.2)
         else:
             self.blocks = nn.ModuleList(Block(h, inner, s.groups) for _ in range(s.blocks))
-        self.head_in, self.head_norm = Convolution(h, h), nn.GroupNorm(s.groups, h)
+        self.head_in, self.head_norm = Convolution(h, h), GroupNorm(s.groups, h)
         self.head_out = nn.Linear(h, s.n)
         self.register_buffer('scale', torch.tensor(s.state_scale or [1.0] * s.n), persistent=False)
         self.bfloat16 = False  # products of `Conv` in bfloat16, for training on CPUs that multiply it faster
@@ -228,10 +229,16 @@ class Convolution(nn.Module):
         super().__init__()
         like = nn.Conv1d(inputs, outputs, 3, padding=1)  # its initialisation
         self.weight, self.bias = like.weight, like.bias
+        self._packed: tuple | None = None  # what `packed` made, and of which version of the weight
 
     def forward(self, x: Tensor, bfloat16: bool = False) -> Tensor:
         """Convolve; with `bfloat16` the products are taken in that type and summed in float32."""
-        return convolution(x, self.weight, self.bias) if bfloat16 else F.conv1d(x, self.weight, self.bias, padding=1)
+        if not bfloat16:
+            return F.conv1d(x, self.weight, self.bias, padding=1)
+        version = self.weight._version, self.weight.data_ptr()
+        if self._packed is None or self._packed[0] != version:
+            self._packed = version, packed(self.weight)
+        return convolution(x, self.weight, self.bias, self._packed[1])
 
 
 class Block(nn.Module):
@@ -239,8 +246,8 @@ class Block(nn.Module):
 
     def __init__(self, hidden: int, inner: int, groups: int):
         super().__init__()
-        self.first, self.first_norm = Convolution(hidden, inner), nn.GroupNorm(groups, inner)
-        self.second, self.second_norm = Convolution(inner, hidden), nn.GroupNorm(groups, hidden)
+        self.first, self.first_norm = Convolution(hidden, inner), GroupNorm(groups, inner)
+        self.second, self.second_norm = Convolution(inner, hidden), GroupNorm(groups, hidden)
 
     def forward(self, z: Tensor, bfloat16: bool = False) -> Tensor:
         """z (B, h, N)."""

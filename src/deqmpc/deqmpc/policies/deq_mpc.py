@@ -12,9 +12,9 @@ of one solver and one network.
 
 Penalty. Cold: mu_0, times gamma after every AL iteration up to mu_max. Warm, in the receding horizon: tau is shifted by
 one knot, the multipliers are zero, and mu starts at mu_max / gamma^(AL iterations to come - 1), so that the last one
-runs at mu_max. With N = 1 and m = 2 that is the 1e7, 1e8 of the authors' code. The equilibrium z is taken as it was: its
-columns belong to knots counted from now, by their time embedding. (Along expert trajectories a fresh network needs 5.4
-evaluations from the last z, 6.9 from a cold start, 9.1 from the shifted z.)
+runs at mu_max. With N = 1 and m = 2 that is the 1e7, 1e8 of the authors' code. The equilibrium z is taken as it was:
+its columns belong to knots counted from now, by their time embedding. (Along expert trajectories a fresh network needs
+5.4 evaluations from the last z, 6.9 from a cold start, 9.1 from the shifted z.)
 
 Gradient. Every iterate carries its implicit gradient at its own penalty (smooth early, sharp late); losses are taken
 on all of them:  sum_i |x^i - x_expert|_1 + 0.1 |theta^i - x_expert|_1.
@@ -54,6 +54,7 @@ class Settings:
     mu_max: float = 1e8  # its largest value
     softness: float = float('inf')  # largest multiplier of a constraint on the state; finite: soft constraints
     tolerance: float = 1e-4  # on defects, violations and optimality, at which a sample stops
+    exact_gradient: bool = False  # with the curvature of dynamics and spheres, which the paper's gradient leaves out
     compiled: bool = True  # batches on the CPU are solved by the compiled solver, one sample after the other
 
     def __post_init__(self):
@@ -80,7 +81,7 @@ class Settings:
         count = self.al_iterations if self.method == 'deq_mpc' else self.converged_al_iterations
         return al.Settings(iterations=count, gn_steps=self.gn_steps, mu_0=self.mu_0, gamma=self.gamma,
                            mu_max=self.mu_max, progress=0.0, feasibility=self.tolerance, optimality=self.tolerance,
-                           elastic=self.softness)
+                           elastic=self.softness, exact_gradient=self.exact_gradient)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class Settings:
     damping: float = 0.8  # beta, share of the residuals in the mix
     tolerance: float = 1e-2  # on |f(z) - z| relative to |f(z)|
     evaluations: int = 10  # of f at most
-    regularization: float = 1e-6  # lambda, on correlations
+    regularization: float = 1e-4  # lambda, on correlations: well above their rounding in float32
 
     def __post_init__(self):
         for name in ('memory', 'evaluations'):
@@ -64,7 +64,9 @@ def solve(f: Callable[[Tensor, Tensor], Tensor], z: Tensor, settings: Settings =
     count = torch.zeros(B, dtype=torch.long, device=z.device)
     finite = torch.ones(B, dtype=torch.bool, device=z.device)
     active = torch.arange(B, device=z.device)
-    Z, G, gram = (best.new_zeros(B, m, size) for size in (best.shape[1], best.shape[1], m))
+    gram = best.new_zeros(B, m, m)
+    Z: list[Tensor] = []  # the last m iterates (A, D); a list, so that a smaller batch copies only what there is
+    G: list[Tensor] = []  # their residuals
     for k in range(settings.evaluations):
         out = f(now.reshape(-1, *shape), active).reshape(len(active), -1)
         g = out - now
@@ -80,15 +82,20 @@ def solve(f: Callable[[Tensor, Tensor], Tensor], z: Tensor, settings: Settings =
         if k + 1 == settings.evaluations or not going.any():
             break
         if not going.all():
-            active, now, out, g, Z, G, gram = (v[going] for v in (active, now, out, g, Z, G, gram))
-        slot, filled = k % m, min(k + 1, m)
-        Z[:, slot], G[:, slot] = now, g
-        row = (G @ g.unsqueeze(2)).squeeze(2)
-        gram[:, slot], gram[:, :, slot] = row, row
+            active, now, out, g, gram = (v[going] for v in (active, now, out, g, gram))
+            Z, G = [v[going] for v in Z], [v[going] for v in G]
+        slot = k % m
+        Z[slot:slot + 1], G[slot:slot + 1] = [now], [g]
+        row = torch.stack([(v.unsqueeze(1) @ g.unsqueeze(2)).flatten() for v in G], dim=1)
+        gram[:, slot, :len(G)] = gram[:, :len(G), slot] = row
         now = out
         if k > 0:
-            a = _weights(gram[:, :filled, :filled], slot, settings.regularization).unsqueeze(1)
-            now = (a @ Z[:, :filled] + settings.damping * (a @ G[:, :filled])).squeeze(1)
+            a = _weights(gram[:, :len(G), :len(G)], slot, settings.regularization).unsqueeze(2)
+            now = a[:, 0] * Z[0]
+            for j in range(len(G)):
+                if j:
+                    now = torch.addcmul(now, a[:, j], Z[j])
+                now = torch.addcmul(now, a[:, j], G[j], value=settings.damping)
     return FixedPoint(best.reshape(B, *shape), least, count, least <= settings.tolerance, finite)
 
 
