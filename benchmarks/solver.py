@@ -8,9 +8,10 @@ step of a loop: the first one is solved, the plant moves with noise, the plan sh
 All solvers get the same instances and start; the optimum is Ipopt's with tol 1e-8 from the same start.
 
 accurate: all violations <= 1e-4 and cost within 1 % of that optimum. exact: 1e-6 and 1e-4 (or a lower cost).
-Peers come from CasADi (pip install casadi) with expressions compiled by the C compiler; without it only this project's
-own rows are printed and the optimum is the compiled solver's. Times are medians and 99th percentiles of whole Python
-calls; the solvers take turns, a pass over all instances each, so that all meet the same load; ratios are of medians.
+Peers come from CasADi (pip install casadi). Their expressions are compiled by the C compiler at T <= 5 and interpreted
+beyond, where compiling takes minutes: compare times there with care. Without CasADi only this project's own rows are
+printed and the optimum is the compiled solver's. Times are medians and 99th percentiles of whole Python calls; the
+solvers take turns, a pass over all instances each, so that all meet the same load; ratios are of medians.
 """
 
 from __future__ import annotations
