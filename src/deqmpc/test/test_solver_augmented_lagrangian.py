@@ -146,6 +146,13 @@ def test_one_bad_sample_leaves_the_others_bit_equal(problem, what):
         assert torch.equal(a[others], b[others])
 
 
+def test_a_batch_of_only_bad_samples_ends_with_a_status_for_each(problem):
+    data = random_instances(problem, B=3)
+    data = dataclasses.replace(data, x_init=data.x_init * float('nan'))
+    solution = al.solve(problem, data)
+    assert [solution.status_of(i) for i in range(3)] == [al.Status.NOT_FINITE] * 3
+
+
 def test_the_solution_continues_from_its_own_warm_start(problem):
     data = random_instances(problem)
     first = al.solve(problem, data)

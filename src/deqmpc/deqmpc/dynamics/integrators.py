@@ -91,7 +91,7 @@ class RK4:
             columns = points.unbind(-1)
             following, states = rk4(f, columns[:n], columns[n:], self.dt)
             return torch.stack(following, dim=-1), torch.stack([torch.stack(list(s), dim=-1) for s in states])
-        if len(points) <= _FEW_POINTS and points.dtype == torch.float64:
+        if 0 < len(points) <= _FEW_POINTS and points.dtype == torch.float64:
             made = [rk4(f, p[:n], p[n:], self.dt) for p in points.tolist()]
             return (torch.tensor([following for following, _ in made], dtype=x.dtype),
                     torch.tensor([s for _, s in made], dtype=x.dtype).transpose(0, 1))
