@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 SEED   ?= 0
 STAMP  := $(VENV)/.installed
 
-.PHONY: help sim test trials colcon lint install clean
+.PHONY: help sim test trials bench colcon lint install clean
 
 help:            ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -31,6 +31,12 @@ trials: $(STAMP) ## 20 seeded trials in process, faster than real time
 test: $(STAMP)   ## all tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## the solver against peers from PyPI, the network, a training step
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solver.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/network.py --step
+	$(BIN)/python benchmarks/training_step.py
 
 colcon: $(STAMP) ## build the workspace with colcon, as on a lab PC
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/colcon --log-base log build --base-paths src --event-handlers console_direct-
