@@ -70,7 +70,7 @@ def networks(arguments):
     for hidden in arguments.hidden:
         for kind in ('nn', 'deq'):
             torch.manual_seed(0)
-            network = TemporalNetwork(Settings(kind=kind, hidden=hidden, spheres=True))
+            network = TemporalNetwork(Settings(kind=kind, hidden=hidden, expansion=arguments.expansion, spheres=True))
             given = sample(network.settings)
             tensors = [torch.tensor(v, dtype=torch.float32)[None] for v in given]
             with torch.inference_mode():
@@ -88,7 +88,7 @@ def networks(arguments):
                     line(f'{kind} {hidden} {way} {storage}, at the fixed point',
                          timed(lambda: inference(*given, answer.z), arguments.count, arguments.emptied), 1,  # noqa: B023
                          inference.bytes_read(1) / 1e6, np.abs(answer.theta - theta).max())
-            megabytes = 12 * hidden ** 2 * 4 / 1e6
+            megabytes = (6 + 6 * arguments.expansion) * hidden ** 2 * 4 / 1e6  # every weight once
 
             def eager():
                 with torch.inference_mode():
@@ -151,7 +151,7 @@ def control_steps(arguments):
     for hidden in arguments.hidden:
         for kind in ('deq', 'nn'):
             torch.manual_seed(0)
-            network = TemporalNetwork(Settings(kind=kind, hidden=hidden, spheres=True))
+            network = TemporalNetwork(Settings(kind=kind, hidden=hidden, expansion=arguments.expansion, spheres=True))
             if arguments.model:
                 network = model.load(arguments.model).network
             for method, storage in (('deq_mpc', 'float32'), ('deq_mpc', 'float16'), ('diff_mpc', 'float32')):
@@ -181,6 +181,7 @@ def control_steps(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--hidden', type=int, nargs='+', default=[256, 512, 1024])
+    parser.add_argument('--expansion', type=int, default=1, help="4: the cell of the authors' code")
     parser.add_argument('--count', type=int, default=1000, help='calls of each line')
     parser.add_argument('--step', action='store_true', help='whole control steps')
     parser.add_argument('--emptied', action='store_true', help='empty the caches before each call')
