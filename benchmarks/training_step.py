@@ -73,8 +73,8 @@ def main():
     states = torch.tensor(data['states'].reshape(len(data['lengths']), -1, 12), dtype=torch.float64)
     problem = Problem(Quadrotor(), 0.05, T, Q=[10.0] * 6 + [1.0] * 6, R=[1e-8] * 4, u_low=[U_LOW] * 4,
                       u_high=[U_HIGH] * 4)
-    network = TemporalNetwork(Settings(kind=arguments.kind, hidden=arguments.hidden, horizon=T, expansion=arguments.expansion,
-                                       gradient_steps=arguments.gradient_steps))
+    network = TemporalNetwork(Settings(kind=arguments.kind, hidden=arguments.hidden, horizon=T,
+                                       expansion=arguments.expansion, gradient_steps=arguments.gradient_steps))
     weights = sum(p.numel() for p in network.parameters()) / 1e6
     network.bfloat16 = arguments.bfloat16
     policy = DeqMpc(problem, network, Method(method=arguments.method))
@@ -116,8 +116,9 @@ def main():
     evaluations = [f'{float(p.evaluations.float().mean()):.1f}' for made in iterates for p in made.predictions]
     steps = [f'{float(s.steps.float().mean()):.1f}' for made in iterates for s in made.solutions]
     total = float(np.median(spent))
-    print(f'{arguments.method} {arguments.kind} hidden {arguments.hidden} ({weights:.1f} M weights) batch {arguments.batch} T {T} L '
-          f'{arguments.streaming} {"bfloat16" if arguments.bfloat16 else "float32"}: {total:.2f} CPU s a step, '
+    print(f'{arguments.method} {arguments.kind} hidden {arguments.hidden} ({weights:.1f} M weights) batch '
+          f'{arguments.batch} T {T} L {arguments.streaming} {"bfloat16" if arguments.bfloat16 else "float32"}: '
+          f'{total:.2f} CPU s a step, '
           f'{AUTHORS / total:.1f} times less than the authors\' {AUTHORS}')
     print('  of it  ' + '  '.join(f'{k} {np.median([p[k] for p in parts]):.2f}' for k in parts[0]))
     print(f'  evaluations of the cell {" ".join(evaluations)}; Gauss-Newton steps {" ".join(steps)}; loss {loss:.1f}')
