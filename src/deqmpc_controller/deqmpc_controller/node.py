@@ -11,7 +11,7 @@ import yaml
 from rclpy.node import Node
 
 from deqmpc import interface
-from deqmpc.policies.base import load_policy
+from deqmpc.policies.base import POLICIES, load_policy
 from deqmpc_controller.plan_gate import ACCEPTED, GateSettings
 from deqmpc_controller.policy_loop import LoopSettings, PolicyLoop
 from deqmpc_ros.messages import TYPES
@@ -40,6 +40,9 @@ def policy_from(settings: Settings, where: str):
     """The policy the parameters name. SettingsError when it cannot be made."""
     if len(settings.goal) != 4:
         raise SettingsError(f'{where}: parameter goal = {settings.goal}; expected x, y, z, yaw')
+    if settings.policy not in POLICIES:
+        raise SettingsError(f'{where}: unknown policy {settings.policy!r}; expected one of: '
+                            f'{", ".join(sorted(POLICIES))}')
     options = {}
     if settings.policy_file:
         path = Path(settings.policy_file)
