@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from deqmpc.problem import Instances, Problem, radius_and_inverse
-from deqmpc.solvers import riccati
+from deqmpc.solvers import riccati, riccati_scan
 
 
 class Status(enum.Enum):
@@ -46,6 +46,7 @@ class Status(enum.Enum):
     NOT_FINITE = 'not finite: the instance or its warm start holds NaN or infinity'
 
 
+LINEAR_SOLVERS = {'sequential': riccati, 'parallel': riccati_scan}
 STATUS = tuple(Status)  # a status tensor holds indices into this tuple
 _CONVERGED, _LIMIT, _INFEASIBLE, _SINGULAR, _NOT_FINITE, _RUNNING = range(6)
 
@@ -68,6 +69,8 @@ class Settings:
     armijo: float = 1e-4  # share of the slope that a step must gain
     halvings: int = 12  # of the step length at most
     exact_gradient: bool = True  # implicit gradient with the exact Hessian; False: Gauss-Newton's
+    linear_solver: str = 'sequential'  # Riccati recursion: sequential, parallel (a scan, for long horizons), or auto:
+    #                                    the faster one for batch, horizon and device (riccati_scan.is_faster)
 
     def __post_init__(self):
         for f in fields(self):
@@ -76,6 +79,8 @@ class Settings:
                 raise ValueError(f'{f.name} = {value!r}; expected an integer >= 1')
             if f.type == 'float' and not (isinstance(value, (int, float)) and value >= 0):
                 raise ValueError(f'{f.name} = {value!r}; expected a number >= 0')
+        if self.linear_solver not in ('auto', *LINEAR_SOLVERS):
+            raise ValueError(f'linear_solver = {self.linear_solver!r}; expected auto, {" or ".join(LINEAR_SOLVERS)}')
         if self.gamma < 1 or not 0 < self.mu_0 <= self.mu_max:
             raise ValueError(f'gamma = {self.gamma}, mu_0 = {self.mu_0}; expected gamma >= 1 and 0 < mu_0 <= mu_max')
 
@@ -172,6 +177,15 @@ def _check_warm_start(problem, data, start):
                              f'{data.x_init.dtype} of shape {shape}')
 
 
+def _linear_solver(settings: Settings, data: Instances, horizon: int):
+    """The module that factors. Chosen by the whole batch: a sample's numbers must not depend on when others finish."""
+    name = settings.linear_solver
+    if name == 'auto':
+        batch, device = data.x_init.shape[0], data.x_init.device
+        name = 'parallel' if riccati_scan.is_faster(batch, horizon, device) else 'sequential'
+    return LINEAR_SOLVERS[name]
+
+
 def _select(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """new where mask (B,) else old."""
     return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)
@@ -266,6 +280,7 @@ class _Solver:
 
     def __init__(self, problem: Problem, data: Instances, start: WarmStart, settings: Settings):
         self.problem, self.settings = problem, settings
+        self.lqr = _linear_solver(settings, data, problem.horizon)
         B = data.x_init.shape[0]
         self.rho = _row_limits(problem, data.radii.shape[1], settings.elastic, data.x_init)
         finite = data.is_finite() & torch.stack(
@@ -339,13 +354,13 @@ class _Solver:
         newton = self.decrement <= self.settings.newton_below
         if newton.any():
             C = _curvature(problem, self.data, point, v, self.eta + mu * point.k)
-            factors = riccati.factor(*_split(_select(newton, H + C, H), T, n), F, D)
+            factors = self.lqr.factor(*_split(_select(newton, H + C, H), T, n), F, D)
             if not factors.ok.all():
-                factors = riccati.factor(*_split(_select(newton & factors.ok, H + C, H), T, n), F, D)
+                factors = self.lqr.factor(*_split(_select(newton & factors.ok, H + C, H), T, n), F, D)
         else:
-            factors = riccati.factor(*_split(H, T, n), F, D)
+            factors = self.lqr.factor(*_split(H, T, n), F, D)
         c = point.k + self.eta / mu
-        dx, du, y = riccati.solve(factors, s[:, :T].unsqueeze(-1), s[:, T, :n].unsqueeze(-1), c.unsqueeze(-1))
+        dx, du, y = self.lqr.solve(factors, s[:, :T].unsqueeze(-1), s[:, T, :n].unsqueeze(-1), c.unsqueeze(-1))
         dx, du, y = dx.squeeze(-1), du.squeeze(-1), y.squeeze(-1)
         slope = ((s[..., :n] * dx).sum((1, 2)) + (s[:, :T, n:] * du).sum((1, 2))
                  + ((self.eta + mu * point.k) * ((y - self.eta) / mu - point.k)).sum((1, 2)))
@@ -444,12 +459,13 @@ class _ImplicitGradient:
         _, H = _stage_terms(problem, self.data, self.point, self.lam, self.a)
         _, F = problem.phi.linearize(x[:, :T], u)
         D = torch.where(converged, 0.0, 1.0 / mu).view(-1, 1, 1).expand(-1, T + 1, n)
-        self.factors = riccati.factor(*_split(H, T, n), F, D)
+        lqr = _linear_solver(settings, data, T)
+        self.factors = lqr.factor(*_split(H, T, n), F, D)
         if settings.exact_gradient:
-            exact = riccati.factor(*_split(H + _curvature(problem, self.data, self.point, self.lam, eta), T, n), F, D)
+            exact = lqr.factor(*_split(H + _curvature(problem, self.data, self.point, self.lam, eta), T, n), F, D)
             # a saddle has no derivative of its minimiser; Gauss-Newton's matrix still gives a descent direction
-            self.factors = riccati.Factors(*(_select(exact.ok, getattr(exact, f.name), getattr(self.factors, f.name))
-                                             for f in fields(exact)))
+            self.factors = lqr.Factors(*(_select(exact.ok, getattr(exact, f.name), getattr(self.factors, f.name))
+                                         for f in fields(exact)))
         self.ok = self.factors.ok & self.known
 
     def pull_back(self, gx, gu):

@@ -46,6 +46,21 @@ class Factors:
     T: Tensor  # (B, N, n, n)
     ok: Tensor  # (B,) bool: every pivot was positive definite; where False the other fields mean nothing
 
+    def backward(self, v: Tensor, pN: Tensor) -> Tensor:
+        """p_0 .. p_N of p_i = T_i' p_{i+1} + v_i, for v (B, N, n, k) and pN (B, n, k)."""
+        back = self.T.transpose(2, 3)
+        p = [pN]
+        for i in range(v.shape[1] - 1, -1, -1):
+            p.append(torch.baddbmm(v[:, i], back[:, i], p[-1]))
+        return torch.stack(p[::-1], dim=1)
+
+    def forward(self, t: Tensor, x0: Tensor) -> Tensor:
+        """x_0 .. x_N of x_{i+1} = T_i x_i + t_i, for t (B, N, n, k) and x0 (B, n, k)."""
+        x = [x0]
+        for i in range(t.shape[1]):
+            x.append(torch.baddbmm(t[:, i], self.T[:, i], x[-1]))
+        return torch.stack(x, dim=1)
+
 
 def factor(H: Tensor, QN: Tensor, F: Tensor, D: Tensor) -> Factors:
     """Factor H (B, N, n+m, n+m), QN (B, n, n), F (B, N, n, n+m), D (B, N+1, n) diagonal or (B, N+1, n, n).
@@ -53,41 +68,20 @@ def factor(H: Tensor, QN: Tensor, F: Tensor, D: Tensor) -> Factors:
     D must be positive semi-definite; zero is allowed. A sample whose pivots fail is flagged in `ok` and does not
     touch the others. Raises ValueError on shapes that do not fit.
     """
-    N, n, m = _check(H, QN, F, D)
+    N, n, _ = _check(H, QN, F, D)
     half = _square_root(D)
-    diagonal = D.dim() == 3
-    eye = torch.eye(n, dtype=H.dtype, device=H.device)
     P, Ps, Es, Ws, Ks, Gs, infos = QN, [QN], [], [], [], [], []
-
-    def damped(P, i):  # E and W = P (I + D P)^-1, and the certificate
-        L = half[:, i]
-        if diagonal:
-            S, DP = torch.addcmul(eye, L.unsqueeze(-1) * P, L.unsqueeze(-2)), D[:, i].unsqueeze(-1) * P
-        else:
-            S, DP = eye + L.transpose(1, 2) @ P @ L, D[:, i] @ P
-        infos.append(torch.linalg.cholesky_ex(S).info)
-        E, info = torch.linalg.solve_ex(eye + DP, eye.expand_as(P))
-        infos.append(info)
-        W = P @ E
-        W = 0.5 * (W + W.transpose(1, 2))
+    for i in range(N, -1, -1):
+        E, W, *info = _damped(P, D[:, i], half[:, i])
         Es.append(E)
         Ws.append(W)
-        return W
-
-    for i in range(N - 1, -1, -1):
-        Fi = F[:, i]
-        W = damped(P, i + 1)
-        Y = torch.baddbmm(H[:, i], Fi.transpose(1, 2), W @ Fi)
-        chol, info = torch.linalg.cholesky_ex(Y[:, n:, n:])
-        infos.append(info)
-        V = torch.linalg.solve_triangular(chol, Y[:, n:, :n], upper=False)
-        P = torch.baddbmm(Y[:, :n, :n], V.transpose(1, 2), V, alpha=-1.0)
-        P = 0.5 * (P + P.transpose(1, 2))
-        Ps.append(P)
-        Gs.append(chol)
-        Ks.append(V)
-    damped(P, 0)
-
+        infos += info
+        if i:
+            P, V, chol, info = _stage(H[:, i - 1], F[:, i - 1], W)
+            Ps.append(P)
+            Gs.append(chol)
+            Ks.append(V)
+            infos.append(info)
     Ps, Es, Ws, Ks, Gs = (torch.stack(v[::-1], dim=1) for v in (Ps, Es, Ws, Ks, Gs))
     K = torch.linalg.solve_triangular(Gs.transpose(2, 3), Ks, upper=True).neg_()
     phi = F[..., :n] + F[..., n:] @ K
@@ -95,12 +89,37 @@ def factor(H: Tensor, QN: Tensor, F: Tensor, D: Tensor) -> Factors:
     return Factors(F, D, Ps, Es, Ws, K, Gs, phi, Es[:, 1:] @ phi, ok)
 
 
+def _damped(P: Tensor, D: Tensor, L: Tensor) -> tuple[Tensor, ...]:
+    """E, W = P (I + D P)^-1, and two flags (0: S positive definite, E exists) of matrices P (b, n, n), D (b, n) or
+    (b, n, n) with its root L."""
+    eye = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+    if D.dim() == 2:
+        S, DP = torch.addcmul(eye, L.unsqueeze(-1) * P, L.unsqueeze(-2)), D.unsqueeze(-1) * P
+    else:
+        S, DP = eye + L.transpose(1, 2) @ P @ L, D @ P
+    not_positive = torch.linalg.cholesky_ex(S).info
+    E, singular = torch.linalg.solve_ex(eye + DP, eye.expand_as(P))
+    W = P @ E
+    return E, 0.5 * (W + W.transpose(1, 2)), not_positive, singular
+
+
+def _stage(H: Tensor, F: Tensor, W: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P of stages with H (b, n+m, n+m), F (b, n, n+m) and W (b, n, n) of the next; V with K = -G^-T V; the Cholesky
+    factor of the pivot G; its flag (0: positive definite)."""
+    n = F.shape[1]
+    Y = torch.baddbmm(H, F.transpose(1, 2), W @ F)
+    chol, info = torch.linalg.cholesky_ex(Y[:, n:, n:])
+    V = torch.linalg.solve_triangular(chol, Y[:, n:, :n], upper=False)
+    P = torch.baddbmm(Y[:, :n, :n], V.transpose(1, 2), V, alpha=-1.0)
+    return 0.5 * (P + P.transpose(1, 2)), V, chol, info
+
+
 def solve(factors: Factors, s: Tensor, qN: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Solve for k right-hand sides s (B, N, n+m, k), qN (B, n, k), c (B, N+1, n, k).
 
     Returns x (B, N+1, n, k), u (B, N, m, k), y (B, N+1, n, k). Samples with `ok` False get numbers without meaning.
     """
-    F, D, E, W, K, T = factors.F, factors.D, factors.E, factors.W, factors.K, factors.T
+    F, D, E, W, K = factors.F, factors.D, factors.E, factors.W, factors.K
     B, N, n, _ = F.shape
     for name, got, expected in (('s', s.shape[:3], (B, N, F.shape[3])), ('qN', qN.shape[:2], (B, n)),
                                 ('c', c.shape[:3], (B, N + 1, n))):
@@ -109,21 +128,13 @@ def solve(factors: Factors, s: Tensor, qN: Tensor, c: Tensor) -> tuple[Tensor, T
                              f'{(*expected, "k")}')
     phi = factors.phi
     constant = s[:, :, :n] + K.transpose(2, 3) @ s[:, :, n:] + phi.transpose(2, 3) @ (W[:, 1:] @ c[:, 1:])
-    back = T.transpose(2, 3)
-    p = [qN]
-    for i in range(N - 1, -1, -1):
-        p.append(torch.baddbmm(constant[:, i], back[:, i], p[-1]))
-    p = torch.stack(p[::-1], dim=1)
+    p = factors.backward(constant, qN)
     b = c - _times(D, p)
     g = p[:, 1:] + W[:, 1:] @ b[:, 1:]
     h = s[:, :, n:] + F[..., n:].transpose(2, 3) @ g
     k = torch.cholesky_solve(h, factors.G).neg_()
     drift = F[..., n:] @ k + b[:, 1:]
-    t = E[:, 1:] @ drift
-    x = [E[:, 0] @ b[:, 0]]
-    for i in range(N):
-        x.append(torch.baddbmm(t[:, i], T[:, i], x[-1]))
-    x = torch.stack(x, dim=1)
+    x = factors.forward(E[:, 1:] @ drift, E[:, 0] @ b[:, 0])
     u = K @ x[:, :N] + k
     b[:, 1:] = phi @ x[:, :N] + drift
     return x, u, W @ b + p
