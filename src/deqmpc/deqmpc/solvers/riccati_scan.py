@@ -40,8 +40,8 @@ from deqmpc.solvers.riccati import solve
 
 __all__ = ['Factors', 'combine', 'factor', 'is_faster', 'solve', 'stages', 'value']
 
-# What P may miss the Riccati equation by without a Newton step, in units of rounding: 1e-12 in float64
-ROUGH = 5e3
+# What P may miss the Riccati equation by without a Newton step, in units of rounding: 2e-13 in float64
+ROUGH = 1e3
 Element = tuple[Tensor, Tensor, Tensor]  # P, A, C of intervals, (B, count, n, n) each
 
 
