@@ -32,10 +32,11 @@ test: $(STAMP)   ## all tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-bench: $(STAMP)  ## the solver against peers from PyPI, the network, a training step
+bench: $(STAMP)  ## solvers against peers from PyPI, the network, a training step
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solver.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/network.py --step
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/riccati.py
 	$(BIN)/python benchmarks/training_step.py
 
 colcon: $(STAMP) ## build the workspace with colcon, as on a lab PC
