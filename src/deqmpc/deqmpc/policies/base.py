@@ -8,6 +8,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, get_type_hints
 
+import numpy as np
+
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 
 S = TypeVar('S')
@@ -45,6 +47,23 @@ class Policy(Protocol):
         Spheres are taken to keep their velocity. Never raises for numbers: where the input is not finite
         the plan and the warm start are None and the status says why. Raises ValueError for wrong shapes.
         """
+
+
+def refused(message: str) -> tuple[None, None, PolicyStatus]:
+    """What `plan` returns where it cannot plan at all."""
+    return None, None, PolicyStatus(False, message, 0, float('nan'))
+
+
+def check_shapes(state: RigidBodyState, obstacles: Obstacles) -> None:
+    """ValueError naming the first input of `plan` whose shape is wrong."""
+    K = np.shape(obstacles.radius)[0] if np.ndim(obstacles.radius) == 1 else 'K'
+    for name, value, expected in (
+            ('state.position', state.position, (3,)), ('state.quaternion', state.quaternion, (4,)),
+            ('state.velocity', state.velocity, (3,)), ('state.rates', state.rates, (3,)),
+            ('obstacles.radius', obstacles.radius, (K,)), ('obstacles.position', obstacles.position, (K, 3)),
+            ('obstacles.velocity', obstacles.velocity, (K, 3))):
+        if np.shape(value) != expected:
+            raise ValueError(f'{name} has shape {np.shape(value)}, expected {expected}')
 
 
 def load_policy(name: str, settings: dict[str, Any] | None = None) -> Policy:

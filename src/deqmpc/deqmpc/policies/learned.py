@@ -21,7 +21,7 @@ from deqmpc.dynamics import rotation
 from deqmpc.dynamics.crazyflie import Crazyflie
 from deqmpc.networks.temporal import TemporalNetwork
 from deqmpc.policies import model
-from deqmpc.policies.base import PolicyStatus, settings_from
+from deqmpc.policies.base import PolicyStatus, check_shapes, refused, settings_from
 from deqmpc.problem import Problem
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 
@@ -148,12 +148,12 @@ class LearnedPolicy:
     def plan(self, state: RigidBodyState, obstacles: Obstacles,
              warm_start: WarmStart | None = None) -> tuple[Plan | None, WarmStart | None, PolicyStatus]:
         """See deqmpc.policies.base.Policy."""
-        _check_shapes(state, obstacles)
+        check_shapes(state, obstacles)
         if not state.is_finite() or np.linalg.norm(state.quaternion) < 1e-9:
-            return _refused('the state is not finite, or its quaternion is zero')
+            return refused('the state is not finite, or its quaternion is zero')
         if not all(np.isfinite(v).all() for v in (obstacles.position, obstacles.radius, obstacles.velocity,
                                                   obstacles.stamp)):
-            return _refused('an obstacle is not finite')
+            return refused('an obstacle is not finite')
         x_init = self._state(state)
         times = self.dt * np.arange(self.horizon + 1)
         ahead = (state.stamp + times - obstacles.stamp if obstacles.velocity.any() else 0.0 * times)[:, None, None]
@@ -199,18 +199,3 @@ class LearnedPolicy:
         return Plan(stamp=state.stamp, time_from_start=times, position=x[:, :3] @ back.T + self._goal,
                     quaternion=rotation.normalize(quaternion), velocity=x[:, 6:9] @ back.T,
                     rates=x[:, 9:12].copy(), acceleration=self._acceleration(x, step.u) @ back.T)
-
-
-def _refused(message):
-    return None, None, PolicyStatus(False, message, 0, float('nan'))
-
-
-def _check_shapes(state, obstacles):
-    K = np.shape(obstacles.radius)[0] if np.ndim(obstacles.radius) == 1 else 'K'
-    for name, value, expected in (
-            ('state.position', state.position, (3,)), ('state.quaternion', state.quaternion, (4,)),
-            ('state.velocity', state.velocity, (3,)), ('state.rates', state.rates, (3,)),
-            ('obstacles.radius', obstacles.radius, (K,)), ('obstacles.position', obstacles.position, (K, 3)),
-            ('obstacles.velocity', obstacles.velocity, (K, 3))):
-        if np.shape(value) != expected:
-            raise ValueError(f'{name} has shape {np.shape(value)}, expected {expected}')

@@ -27,7 +27,7 @@ from deqmpc import realtime
 from deqmpc.airframe import Airframe
 from deqmpc.dynamics import rotation
 from deqmpc.dynamics.crazyflie import Crazyflie
-from deqmpc.policies.base import PolicyStatus, settings_from
+from deqmpc.policies.base import PolicyStatus, check_shapes, refused, settings_from
 from deqmpc.problem import Problem
 from deqmpc.realtime import RealtimeSolver
 from deqmpc.realtime import WarmStart as SolverStart
@@ -118,13 +118,13 @@ class MpcOnly:
     def plan(self, state: RigidBodyState, obstacles: Obstacles,
              warm_start: WarmStart | None = None) -> tuple[Plan | None, WarmStart | None, PolicyStatus]:
         """See `deqmpc.policies.base.Policy.plan`."""
-        _check_shapes(state, obstacles)
+        check_shapes(state, obstacles)
         if not state.is_finite() or abs(np.linalg.norm(state.quaternion) - 1.0) > 0.1:
-            return _refused('the state is not finite or its quaternion not of unit length')
+            return refused('the state is not finite or its quaternion not of unit length')
         moving = obstacles.velocity.any()
         if not all(np.isfinite(a).all() for a in (obstacles.position, obstacles.radius, obstacles.velocity,
                                                   obstacles.stamp if moving else 0.0)):
-            return _refused('an obstacle is not finite')
+            return refused('an obstacle is not finite')
 
         x_init, yaw = self._turned(state)
         times = self.dt * np.arange(self.horizon + 1)
@@ -230,10 +230,6 @@ def _solver(problem: Problem, s: Settings) -> RealtimeSolver:
         optimality=1e-3))
 
 
-def _refused(message):
-    return None, None, PolicyStatus(False, message, 0, float('nan'))
-
-
 def _fan() -> np.ndarray:
     """(F, 3) unit vectors around +x by increasing deflection: 0, then rings of 12 from 10 to 120 degrees."""
     rays = [np.array([1.0, 0.0, 0.0])]
@@ -250,14 +246,3 @@ def _frame_along(direction: np.ndarray) -> np.ndarray:
     norm = np.linalg.norm(side)
     side = side / norm if norm > 1e-6 else np.array([0.0, 1.0, 0.0])
     return np.stack([direction, side, np.cross(direction, side)], axis=1)
-
-
-def _check_shapes(state, obstacles):
-    K = np.shape(obstacles.radius)[0] if np.ndim(obstacles.radius) == 1 else 'K'
-    for name, value, expected in (
-            ('state.position', state.position, (3,)), ('state.quaternion', state.quaternion, (4,)),
-            ('state.velocity', state.velocity, (3,)), ('state.rates', state.rates, (3,)),
-            ('obstacles.radius', obstacles.radius, (K,)), ('obstacles.position', obstacles.position, (K, 3)),
-            ('obstacles.velocity', obstacles.velocity, (K, 3))):
-        if np.shape(value) != expected:
-            raise ValueError(f'{name} has shape {np.shape(value)}, expected {expected}')
