@@ -112,10 +112,17 @@ def percentile(x: np.ndarray, q: float) -> float:
 
 
 def missed_ticks(t: np.ndarray, period: float) -> int:
-    """Ticks that ought to lie between the ticks at t (N,) if they came every `period` s."""
+    """Ticks that ought to lie between the ticks at t (N,) if they came every `period` s.
+
+    A tick that is late and whose successor keeps the schedule was not missed: the lateness that the next,
+    shorter interval gives back is taken off the longer one.
+    """
     if len(t) < 2 or period <= 0:
         return 0
-    return int(np.sum(np.maximum(np.round(np.diff(t) / period) - 1, 0)))
+    intervals = np.diff(t)
+    given_back = np.clip(period - np.append(intervals[1:], period), 0.0, None)
+    late = np.clip(intervals - period, 0.0, None)
+    return int(np.sum(np.maximum(np.round((intervals - np.minimum(late, given_back)) / period) - 1, 0)))
 
 
 def gaps(t: np.ndarray, limit: float) -> tuple[int, float]:

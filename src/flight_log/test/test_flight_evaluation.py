@@ -122,6 +122,16 @@ def test_slow_and_missing_ticks_are_counted(tmp_path):
     assert e.mocap_gaps == 1 and e.mocap_longest_gap == pytest.approx(0.31, abs=1e-6)
 
 
+def test_a_late_tick_is_not_a_missed_one_and_a_missed_one_is():
+    on_time = 0.1 * np.arange(20)
+    late = on_time.copy()
+    late[7] += 0.06
+    assert metrics.missed_ticks(late, 0.1) == 0
+    assert metrics.missed_ticks(np.delete(on_time, 7), 0.1) == 1
+    assert metrics.missed_ticks(np.delete(late, [9, 10, 11]), 0.1) == 3
+    assert metrics.missed_ticks(np.delete(on_time, [6, 8]), 0.1) == 2
+
+
 def test_a_slow_solve_that_delays_no_other_tick_is_not_a_missed_tick(tmp_path):
     # 100 ms period; every tenth solve takes 80 ms. First as the in-process loop stamps it: when it begins.
     trial = SyntheticTrial(seconds=5.0, solve_ms=lambda k: 80.0 if k % 10 == 0 else 10.0)

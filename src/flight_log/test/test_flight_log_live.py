@@ -21,7 +21,7 @@ SECONDS = 1.0
 
 @pytest.fixture
 def environment():
-    return {**os.environ, 'ROS_DOMAIN_ID': '71', 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST',
+    return {**os.environ, 'ROS_DOMAIN_ID': '71',
             'ROS_PYTHON_CHECK_FIELDS': '1'}
 
 

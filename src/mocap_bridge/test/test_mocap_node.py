@@ -49,7 +49,7 @@ def test_parameters_have_the_defaults_of_the_classes_they_fill(kind):
 
 
 def start(*parameters, namespace='/cf1'):
-    environment = {**os.environ, 'ROS_DOMAIN_ID': str(DOMAIN), 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST',
+    environment = {**os.environ, 'ROS_DOMAIN_ID': str(DOMAIN),
                    'ROS_PYTHON_CHECK_FIELDS': '1'}
     arguments = [a for p in parameters for a in ('-p', p)]
     ns = ['-r', f'__ns:={namespace}'] if namespace else []

@@ -72,8 +72,7 @@ class Watched:
 
     def __init__(self, *parameters):
         domain = str(next(_domain))
-        environment = {**os.environ, 'ROS_DOMAIN_ID': domain, 'ROS_PYTHON_CHECK_FIELDS': '1',
-                       'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST'}
+        environment = {**os.environ, 'ROS_DOMAIN_ID': domain, 'ROS_PYTHON_CHECK_FIELDS': '1'}
         arguments = [word for p in parameters for word in ('-p', p)]
         self.process = subprocess.Popen(
             [sys.executable, '-m', 'sim_env.obstacle_node', '--ros-args', '-r', '__ns:=/cf1', *arguments],
@@ -130,6 +129,6 @@ def test_a_node_that_cannot_start_says_why_in_one_line_and_exits_with_2():
     done = subprocess.run(
         [sys.executable, '-m', 'sim_env.obstacle_node', '--ros-args', '-r', '__ns:=/cf1', '-p',
          'file:=/nowhere.yaml'], capture_output=True, text=True, timeout=WAIT,
-        env={**os.environ, 'ROS_DOMAIN_ID': str(next(_domain)), 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST'})
+        env={**os.environ, 'ROS_DOMAIN_ID': str(next(_domain))})
     assert done.returncode == 2
     assert done.stderr == "error: obstacles: cannot read file '/nowhere.yaml': No such file or directory\n"

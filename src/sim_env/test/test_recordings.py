@@ -193,8 +193,7 @@ def test_playing_waits_for_a_client():
 
 
 def environment():
-    return {**os.environ, 'ROS_DOMAIN_ID': str(next(_domain)), 'ROS_PYTHON_CHECK_FIELDS': '1',
-            'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST'}
+    return {**os.environ, 'ROS_DOMAIN_ID': str(next(_domain)), 'ROS_PYTHON_CHECK_FIELDS': '1'}
 
 
 def command(*parameters):

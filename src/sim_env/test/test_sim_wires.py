@@ -151,8 +151,7 @@ class SimProcess:
 
     def __init__(self, *parameters):
         self.domain = random.SystemRandom().randrange(100, 190)
-        environment = {**os.environ, 'ROS_DOMAIN_ID': str(self.domain), 'ROS_PYTHON_CHECK_FIELDS': '1',
-                       'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST'}
+        environment = {**os.environ, 'ROS_DOMAIN_ID': str(self.domain), 'ROS_PYTHON_CHECK_FIELDS': '1'}
         arguments = [w for p in ('crazyflie_uri:=udp://127.0.0.1:0', 'natnet_command_port:=0', *parameters)
                      for w in ('-p', p)]
         self.process = subprocess.Popen(
