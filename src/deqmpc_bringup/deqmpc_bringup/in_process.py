@@ -3,11 +3,11 @@
 The wires are left out; the logic of the nodes is not: the same simulator, mocap filter, policy loop with
 plan gate, flight manager with guard, and trial conductor run here, with the settings that the
 composition gives their nodes, and write the same messages into the same kind of bag. What is not
-exercised: sockets, cflib, DDS, process scheduling. The policy's plan arrives `solve_delay` after its
+exercised: sockets, cflib, DDS, process scheduling. The policy's plan arrives SOLVE_DELAY after its
 tick, a constant, so that equal seeds give equal flights whatever the machine is doing.
 
 Order within one millisecond t: physics, mocap frames that arrive, flight manager (50 Hz), policy
-(at its rate), conductor (20 Hz).
+(at its rate), conductor (10 Hz).
 """
 
 from __future__ import annotations
@@ -297,14 +297,8 @@ class InProcessTrial:
             self._types, self.now, f'{self.robot}/flight', level, words, self._status, 'in process'))
 
     def _step_conductor(self, say: Callable[[str], None]) -> None:
-        now, state = self.now, self._state
-        seen = Seen(
-            phase=self._status.get('phase', ''), reason=self._status.get('reason', ''),
-            go_to=self._status.get('go_to', ''), status_age=now - self._came['status'],
-            pose_age=now - self._came['odom'], plan_age=now - self._came['plan'],
-            position=None if state is None else state.position,
-            speed=float('nan') if state is None else float(np.linalg.norm(state.velocity)),
-            tick=self._tick, obstacles=self._obstacles)
+        now = self.now
+        seen = Seen.at(now, self._status, self._came, self._state, self._tick, self._obstacles)
         action = self.conductor.step(now, seen)
         for line in self.conductor.take_lines():
             say(f'[trial {now - EPOCH:6.1f} s] {line}')

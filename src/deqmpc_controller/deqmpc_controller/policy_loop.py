@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from deqmpc.policies.base import Policy
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 from deqmpc_controller.plan_gate import ACCEPTED, GateSettings, judge
@@ -88,7 +90,6 @@ class PolicyLoop:
     def warm_up(self) -> float:
         """Run the policy twice on a hovering state, so that the first tick in flight is no slower than
         the others. Returns the second call's time (s)."""
-        import numpy as np
         state = RigidBodyState(0.0, np.array([1.0, 0.0, 1.0]), np.array([0.0, 0.0, 0.0, 1.0]), np.zeros(3),
                                np.zeros(3))
         spheres = Obstacles(0.0, np.tile([[9.0, 9.0, 9.0]], (40, 1)), np.full(40, 0.1), np.zeros((40, 3)))

@@ -16,52 +16,46 @@ drop the drone; the setpoint guard beside the radio cuts when that is right.
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from deqmpc.types import Obstacles
-
-
-def _setting(default, description, low=None, high=None):
-    meta = {'description': description, 'low': low, 'high': high}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
+from deqmpc.types import Obstacles, RigidBodyState
+from deqmpc_ros.settings import parameter
 
 
 @dataclass(frozen=True)
 class TrialSettings:
     """Start, length and patience of a trial. The fields are the parameters of node `trial`."""
 
-    start: str = _setting('random', '"random", or "x y z yaw" (m, rad; world)')
-    seed: int = _setting(0, 'Seed of a random start', 0, 2**31 - 1)
-    goal: list[float] = _setting([0.0, 0.0, 1.0, 0.0], 'x, y, z (m, world), yaw (rad) of the policy\'s goal')
-    max_steps: int = _setting(200, 'Policy ticks of a trial', 1, 100_000)
-    rate: float = _setting(10.0, 'Policy ticks per second, for the time limit of following (Hz)', 0.1, 1000.0)
-    require_obstacles: bool = _setting(True, 'Wait for a message on /obstacles; false flies without one')
-    volume_low: list[float] = _setting([-1.5, -1.5, 0.5], 'Lower corner of random starts (m, world)')
-    volume_high: list[float] = _setting([1.5, 1.5, 1.6], 'Upper corner of random starts (m, world)')
-    start_clearance: float = _setting(0.3, 'Random start: least clearance of the spheres (m)', 0.0, 10.0)
-    start_distance: float = _setting(1.0, 'Random start: least distance to the goal (m)', 0.0, 100.0)
-    engage_clearance: float = _setting(0.1, 'Least clearance of the spheres when engaging (m)', 0.0, 10.0)
-    settle_radius: float = _setting(0.10, 'At the start when closer than this (m)', 0.001, 2.0)
-    settle_speed: float = _setting(0.15, 'Settled when slower than this (m/s)', 0.001, 5.0)
-    settle_time: float = _setting(1.0, 'Settled after this long at the start (s)', 0.0, 60.0)
-    fresh: float = _setting(0.5, 'Pose and plan younger than this are fresh (s)', 0.01, 10.0)
-    status_lost: float = _setting(2.0, 'Without a status for this long the trial is aborted (s)', 0.1, 60.0)
-    preflight_timeout: float = _setting(60.0, 'Time for everything needed to come (s)', 0.1, 3600.0)
-    arm_timeout: float = _setting(20.0, 'Time until armed, repeating the call (s)', 0.1, 600.0)
-    takeoff_timeout: float = _setting(15.0, 'Time until hovering after take-off (s)', 0.1, 600.0)
-    start_timeout: float = _setting(30.0, 'Time to fly to the start and settle there (s)', 0.1, 600.0)
-    engage_timeout: float = _setting(10.0, 'Time until the drone follows the policy (s)', 0.1, 600.0)
-    follow_slack: float = _setting(10.0, 'Time beyond max_steps / rate for following (s)', 0.1, 600.0)
-    disengage_timeout: float = _setting(3.0, 'Time until holding; else land from following (s)', 0.1, 600.0)
-    land_timeout: float = _setting(20.0, 'Time until landed and disarmed (s)', 0.1, 600.0)
-    grounded: float = _setting(0.15, 'Lower than this, a landing that hangs ends in emergency (m)', 0.0, 1.0)
-    retry: float = _setting(1.0, 'Time between two calls of a refused service (s)', 0.05, 60.0)
+    start: str = parameter('random', '"random", or "x y z yaw" (m, rad; world)')
+    seed: int = parameter(0, 'Seed of a random start', 0, 2**31 - 1)
+    goal: list[float] = parameter([0.0, 0.0, 1.0, 0.0], 'x, y, z (m, world), yaw (rad) of the policy\'s goal')
+    max_steps: int = parameter(200, 'Policy ticks of a trial', 1, 100_000)
+    rate: float = parameter(10.0, 'Policy ticks per second, for the time limit of following (Hz)', 0.1, 1000.0)
+    require_obstacles: bool = parameter(True, 'Wait for a message on /obstacles; false flies without one')
+    volume_low: list[float] = parameter([-1.5, -1.5, 0.5], 'Lower corner of random starts (m, world)')
+    volume_high: list[float] = parameter([1.5, 1.5, 1.6], 'Upper corner of random starts (m, world)')
+    start_clearance: float = parameter(0.3, 'Random start: least clearance of the spheres (m)', 0.0, 10.0)
+    start_distance: float = parameter(1.0, 'Random start: least distance to the goal (m)', 0.0, 100.0)
+    engage_clearance: float = parameter(0.1, 'Least clearance of the spheres when engaging (m)', 0.0, 10.0)
+    settle_radius: float = parameter(0.10, 'At the start when closer than this (m)', 0.001, 2.0)
+    settle_speed: float = parameter(0.15, 'Settled when slower than this (m/s)', 0.001, 5.0)
+    settle_time: float = parameter(1.0, 'Settled after this long at the start (s)', 0.0, 60.0)
+    fresh: float = parameter(0.5, 'Pose and plan younger than this are fresh (s)', 0.01, 10.0)
+    status_lost: float = parameter(2.0, 'Without a status for this long the trial is aborted (s)', 0.1, 60.0)
+    preflight_timeout: float = parameter(60.0, 'Time for everything needed to come (s)', 0.1, 3600.0)
+    arm_timeout: float = parameter(20.0, 'Time until armed, repeating the call (s)', 0.1, 600.0)
+    takeoff_timeout: float = parameter(15.0, 'Time until hovering after take-off (s)', 0.1, 600.0)
+    start_timeout: float = parameter(30.0, 'Time to fly to the start and settle there (s)', 0.1, 600.0)
+    engage_timeout: float = parameter(10.0, 'Time until the drone follows the policy (s)', 0.1, 600.0)
+    follow_slack: float = parameter(10.0, 'Time beyond max_steps / rate for following (s)', 0.1, 600.0)
+    disengage_timeout: float = parameter(3.0, 'Time until holding; else land from following (s)', 0.1, 600.0)
+    land_timeout: float = parameter(20.0, 'Time until landed and disarmed (s)', 0.1, 600.0)
+    grounded: float = parameter(0.15, 'Lower than this, a landing that hangs ends in emergency (m)', 0.0, 1.0)
+    retry: float = parameter(1.0, 'Time between two calls of a refused service (s)', 0.05, 60.0)
 
     def __post_init__(self):
         for name, length in (('goal', 4), ('volume_low', 3), ('volume_high', 3)):
@@ -124,6 +118,18 @@ class Seen:
     speed: float = 0.0  # m/s
     tick: int | None = None  # count of policy ticks since the policy's start
     obstacles: Obstacles | None = None  # None before the first message
+
+    @classmethod
+    def at(cls, now: float, flight: Mapping[str, str], came: Mapping[str, float], state: RigidBodyState | None,
+           tick: int | None, obstacles: Obstacles | None) -> Seen:
+        """From the values of the newest flight status, the instants (s) in `came` at which status, odom and plan
+        came last (-inf: never), and the newest state, tick and obstacles."""
+        return cls(
+            phase=flight.get('phase', ''), reason=flight.get('reason', ''), go_to=flight.get('go_to', ''),
+            status_age=now - came['status'], pose_age=now - came['odom'], plan_age=now - came['plan'],
+            position=None if state is None else state.position,
+            speed=math.nan if state is None else float(np.linalg.norm(state.velocity)),
+            tick=tick, obstacles=obstacles)
 
 
 @dataclass(frozen=True)

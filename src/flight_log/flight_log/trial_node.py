@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 
-import numpy as np
 from rclpy.node import Node
 
 from deqmpc import interface
@@ -26,12 +25,7 @@ class Trial(Node):
     def __init__(self):
         super().__init__('trial')
         self.robot = ros.robot_name(self)
-        try:
-            settings = ros.declare(self, TrialSettings)
-        except ros.SettingsError:
-            raise
-        except ValueError as error:  # of TrialSettings itself
-            raise ros.SettingsError(f'{self.get_fully_qualified_name()}: parameter {error}') from error
+        settings = ros.declare(self, TrialSettings)
         self.finished, self.exit_status = False, 1
         self.conductor = TrialConductor(settings)
         self.began = ros.now(self)
@@ -75,20 +69,12 @@ class Trial(Node):
         except ValueError as error:
             self.get_logger().error(f'/obstacles ignored: {error}', throttle_duration_sec=1.0)
 
-    def _seen(self, now: float) -> Seen:
-        return Seen(
-            phase=self.flight.get('phase', ''), reason=self.flight.get('reason', ''),
-            go_to=self.flight.get('go_to', ''), status_age=now - self.came['status'],
-            pose_age=now - self.came['odom'], plan_age=now - self.came['plan'],
-            position=None if self.state is None else self.state.position,
-            speed=math.nan if self.state is None else float(np.linalg.norm(self.state.velocity)),
-            tick=self.tick, obstacles=self.obstacles)
-
     # --- actions out ---
 
     def _step(self) -> None:
         now = ros.now(self)
-        action = self.conductor.step(now, self._seen(now))
+        action = self.conductor.step(now, Seen.at(
+            now, self.flight, self.came, self.state, self.tick, self.obstacles))
         self._print(now)
         if isinstance(action, Call):
             self._call(action)
