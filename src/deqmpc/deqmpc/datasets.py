@@ -1,0 +1,144 @@
+"""Expert demonstrations: a NumPy archive (.npz, read without pickle), a split by trajectory, and windows to train on.
+
+Arrays of a file, N trajectories with S = sum of `lengths` states stored one after another:
+
+  states (S, n)   controls (S, m), row t leads from state t to t+1   lengths (N,)
+  centers, velocity (N, K, d), radii (N, K)       where there are spheres; (S, K, d) where they move
+  about           one JSON text: task, seed, commit, how it was made, share of successes, returns
+
+The released files of the DEQ-MPC authors hold the first three. A window is W consecutive states of one trajectory;
+beyond its end the last state is repeated (the experts end at rest).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deqmpc.tasks.base import Spheres, Task
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """N trajectories. Arrays as in the file, spheres completed (K = 0 where there are none)."""
+
+    states: np.ndarray  # (S, n)
+    controls: np.ndarray  # (S, m)
+    lengths: np.ndarray  # (N,)
+    centers: np.ndarray  # (N, K, d) or (S, K, d) m
+    velocity: np.ndarray  # as centers, m/s
+    radii: np.ndarray  # (N, K) m
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def first(self) -> np.ndarray:
+        """(N,) row of every trajectory's first state."""
+        return np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+
+    @property
+    def moving(self) -> bool:
+        """Whether the spheres are stored for every state."""
+        return len(self.centers) == len(self.states) and len(self.centers) != len(self.lengths)
+
+    def starts(self, trajectories: np.ndarray) -> tuple[Tensor, Spheres]:
+        """First states (B, n) and spheres of some trajectories."""
+        rows = self.first[trajectories]
+        at = rows if self.moving else trajectories
+        return torch.from_numpy(self.states[rows].astype(float)), Spheres(
+            *(torch.from_numpy(v.astype(float)) for v in (self.centers[at], self.velocity[at],
+                                                          self.radii[trajectories])))
+
+
+def load(path: str | Path) -> Demonstrations:
+    """Read a file. FileNotFoundError where there is none; ValueError, with its name, where an array does not fit."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f'{path} does not exist; `deqmpc experts` makes demonstrations')
+    with np.load(path, allow_pickle=False) as archive:
+        given = {name: archive[name] for name in archive.files}
+    for name in ('states', 'controls', 'lengths'):
+        if name not in given:
+            raise ValueError(f'{path}: has {sorted(given)}; expected at least states, controls and lengths')
+    S, N = len(given['states']), len(given['lengths'])
+    if len(given['controls']) != S or int(given['lengths'].sum()) != S or not np.isfinite(given['states']).all():
+        raise ValueError(f'{path}: {S} states, {len(given["controls"])} controls, lengths that sum to '
+                         f'{int(given["lengths"].sum())}; expected equal counts of finite numbers')
+    centers = given.get('centers', np.zeros((N, 0, 3)))
+    velocity, radii = given.get('velocity', np.zeros_like(centers)), given.get('radii', np.zeros((N, 0)))
+    if len(centers) not in (N, S) or velocity.shape != centers.shape or radii.shape != (N, centers.shape[1]):
+        raise ValueError(f'{path}: centers {centers.shape}, velocity {velocity.shape}, radii {radii.shape} do not fit '
+                         f'{N} trajectories of {S} states')
+    about = json.loads(str(given['about'])) if 'about' in given else {}
+    return Demonstrations(given['states'], given['controls'], given['lengths'].astype(np.int64), centers, velocity,
+                          radii, about)
+
+
+def save(path: str | Path, demonstrations: Demonstrations) -> None:
+    """Write a file onto its name only when it is whole."""
+    d, path = demonstrations, Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix('.part.npz')
+    np.savez_compressed(part, states=d.states, controls=d.controls, lengths=d.lengths, centers=d.centers,
+                        velocity=d.velocity, radii=d.radii, about=np.array(json.dumps(d.about)))
+    os.replace(part, path)
+
+
+def split(demonstrations: Demonstrations, seed: int, share: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+    """Trajectories to train on and to validate on, by a permutation from `seed`."""
+    order = np.random.default_rng(seed).permutation(len(demonstrations.lengths))
+    count = int(round(share * len(order)))
+    if not 0 < count < len(order):
+        raise ValueError(f'{len(order)} trajectories cannot be split with share = {share}; expected both parts to '
+                         f'have some')
+    return np.sort(order[:count]), np.sort(order[count:])
+
+
+@dataclass(frozen=True)
+class Windows:
+    """B windows of W states."""
+
+    x: Tensor  # (B, W, n) float64; angles continuous, those of the first state within half a period
+    centers: Tensor  # (B, W, K, d) where the spheres were at every state of the window
+    velocity: Tensor  # (B, W, K, d)
+    radii: Tensor  # (B, K)
+
+    def spheres(self, at: int) -> Spheres:
+        """What was seen at state `at` of the window."""
+        return Spheres(self.centers[:, at], self.velocity[:, at], self.radii)
+
+
+def windows(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray, first: np.ndarray,
+            length: int) -> Windows:
+    """The windows of `length` states that start at state `first` (B,) of `trajectories` (B,)."""
+    d = demonstrations
+    last = d.lengths[trajectories] - 1
+    at = np.minimum(first[:, None] + np.arange(length), last[:, None]) + d.first[trajectories][:, None]
+    x = torch.from_numpy(d.states[at].astype(float))
+    if task.period:
+        x = continuous(x, task)
+        x = x - task.turns(x[:, :1])
+    rows = at if d.moving else np.repeat(trajectories[:, None], length, axis=1)
+    centers, velocity = (torch.from_numpy(v[rows].astype(float)) for v in (d.centers, d.velocity))
+    return Windows(x, centers, velocity, torch.from_numpy(d.radii[trajectories].astype(float)))
+
+
+def continuous(x: Tensor, task: Task) -> Tensor:
+    """Trajectories x (..., W, n) with the jumps of wrapped angles taken out."""
+    jumps = task.turns(x.diff(dim=-2))
+    return x - torch.cat([torch.zeros_like(x[..., :1, :]), jumps.cumsum(dim=-2)], dim=-2)
+
+
+def draw(demonstrations: Demonstrations, trajectories: np.ndarray, count: int,
+         generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """`count` random windows, every state of `trajectories` as likely to be the first: (trajectory, first state)."""
+    ends = np.cumsum(demonstrations.lengths[trajectories])
+    number = torch.randint(int(ends[-1]), (count,), generator=generator).numpy()
+    which = np.searchsorted(ends, number, side='right')
+    return trajectories[which], number - np.concatenate([[0], ends[:-1]])[which]

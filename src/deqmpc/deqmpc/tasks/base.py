@@ -1,0 +1,143 @@
+"""What a task is: dynamics, cost, constraints, starts, reward and the end of an episode, batched.
+
+An episode runs in steps of dt, for t = 0..steps-1:
+
+  u_t = policy(x_t, spheres_t)   x_{t+1} = phi(x_t, clip(u_t))   spheres_{t+1} = move(spheres_t, x_{t+1})
+  r_t = reward(x_t, u_t)         return = sum of r_t
+
+It ends early, with reward 0 from then on, where a state has failed (touched a sphere, left the numbers) and where
+it has succeeded for `hold` steps in a row. Angles may be given modulo their period; `wrapped` picks the one nearest
+to the range the task starts in.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deqmpc.dynamics.equations import Equations
+from deqmpc.networks.temporal import Settings as NetworkSettings
+from deqmpc.problem import Problem
+
+
+@dataclass(frozen=True)
+class Spheres:
+    """Spheres of B episodes at one instant. K may be zero."""
+
+    centers: Tensor  # (B, K, d) m
+    velocity: Tensor  # (B, K, d) m/s; zero where they stand still
+    radii: Tensor  # (B, K) m
+
+    @classmethod
+    def none(cls, count: int, spatial: int = 3) -> Spheres:
+        """Empty fields for `count` episodes."""
+        zero = torch.zeros(count, 0, spatial, dtype=torch.float64)
+        return cls(zero, zero, zero[..., 0])
+
+    def __getitem__(self, episodes) -> Spheres:
+        """The fields of some episodes (indices or mask over B)."""
+        return Spheres(self.centers[episodes], self.velocity[episodes], self.radii[episodes])
+
+    def ahead(self, times: Tensor) -> Tensor:
+        """Centres (B, len(times), K, d) after `times` (s) at constant velocity."""
+        return self.centers.unsqueeze(1) + times.view(1, -1, 1, 1) * self.velocity.unsqueeze(1)
+
+    def gap(self, position: Tensor) -> Tensor:
+        """(B,) m from `position` (B, d) to the nearest surface; inf without spheres."""
+        if self.radii.shape[1] == 0:
+            return position.new_full(position.shape[:1], float('inf'))
+        return ((self.centers - position.unsqueeze(1)).norm(dim=-1) - self.radii).amin(dim=1)
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """One task. Subclasses give the numbers; a field changed by `dataclasses.replace` changes the task."""
+
+    name: ClassVar[str]
+    steps: int  # control steps of an episode
+    dt: float  # s
+    horizon: int  # T of the policy's problem
+    hold: int  # steps in a row that must succeed to end an episode; 0: episodes never end by success
+    spheres: int  # K
+    radius: float  # m, of every sphere
+    positions: ClassVar[int]  # first numbers of the state that the network predicts as x_0 + dt out
+    spatial: ClassVar[int] = 3  # numbers of a sphere's centre: the first numbers of the state
+    period: ClassVar[tuple[float, ...]] = ()  # of every state, 0 where it is no angle; empty: no angles
+
+    @property
+    @abstractmethod
+    def equations(self) -> Equations:
+        """Continuous dynamics."""
+
+    @abstractmethod
+    def problem(self, horizon: int | None = None) -> Problem:
+        """The policy's tracking problem: weights, bounds, spheres. `horizon` replaces the task's own."""
+
+    @property
+    @abstractmethod
+    def u_ref(self) -> Tensor:
+        """(m,) inputs that cost nothing in `problem`."""
+
+    @abstractmethod
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Spheres]:
+        """Random starts x (count, n), float64, and their spheres; none of them has failed."""
+
+    @abstractmethod
+    def reward(self, x: Tensor, u: Tensor) -> Tensor:
+        """r (B,) of the input u (B, m) at the state x (B, n)."""
+
+    @property
+    @abstractmethod
+    def best_reward(self) -> float:
+        """The largest reward of a step."""
+
+    def network(self, kind: str, hidden: int, **changes) -> NetworkSettings:
+        """Settings of a network for this task."""
+        given = dict(kind=kind, hidden=hidden, n=self.equations.n, horizon=self.horizon, positions=self.positions,
+                     dt=self.dt, spheres=self.spheres > 0, spatial=self.spatial)
+        return NetworkSettings(**{**given, **changes})
+
+    def step(self, x: Tensor, u: Tensor) -> Tensor:
+        """The state (B, n) after dt, with u (B, m) clipped to the bounds."""
+        problem = self._plant()
+        return problem.phi.step(x, torch.minimum(torch.maximum(u, problem.u_low.to(u)), problem.u_high.to(u)))
+
+    def move(self, spheres: Spheres, x: Tensor) -> Spheres:
+        """The spheres after dt, where the state is x by then. Here: at constant velocity."""
+        return replace(spheres, centers=spheres.centers + self.dt * spheres.velocity)
+
+    def failed(self, x: Tensor, spheres: Spheres) -> Tensor:
+        """(B,) bool: not finite, or inside a sphere."""
+        return ~torch.isfinite(x).all(dim=1) | (spheres.gap(x[:, :spheres.centers.shape[-1]]) < 0)
+
+    def succeeded(self, x: Tensor) -> Tensor:
+        """(B,) bool; counts only where `hold` > 0."""
+        return torch.zeros(len(x), dtype=torch.bool)
+
+    def turns(self, x: Tensor) -> Tensor:
+        """What to subtract from x (..., n) to have every angle in [-period/2, period/2]: multiples of the periods."""
+        if not self.period:
+            return torch.zeros_like(x)
+        period = torch.tensor(self.period, dtype=x.dtype)
+        return torch.where(period > 0, torch.round(x / period.clamp_min(1e-9)) * period, 0.0)
+
+    def _plant(self) -> Problem:
+        """The problem whose phi is the plant; kept, because deriving it takes time."""
+        key = (type(self), self)
+        if key not in _PLANTS:
+            _PLANTS[key] = self.problem()
+        return _PLANTS[key]
+
+
+_PLANTS: dict = {}
+
+
+def uniform(count: int, low: Sequence[float], high: Sequence[float], generator: torch.Generator) -> Tensor:
+    """(count, len(low)) float64, uniform between `low` and `high`."""
+    a, b = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+    return a + (b - a) * torch.rand(count, len(low), generator=generator, dtype=torch.float64)

@@ -1,0 +1,84 @@
+"""Tasks against the released demonstrations; windows of demonstrations."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deqmpc import datasets, tasks
+
+EXPERTS = Path(os.environ.get('DEQMPC_DATA', 'absent')) / 'experts'
+
+
+def released(name) -> datasets.Demonstrations:
+    path = EXPERTS / f'{name}.npz'
+    if not path.exists():
+        pytest.skip(f'{path} is absent: set DEQMPC_DATA to the shared data')
+    return datasets.load(path)
+
+
+def consecutive(d):
+    """States, controls and following states of all trajectories."""
+    inside = np.setdiff1d(np.arange(len(d.states)), np.cumsum(d.lengths) - 1)
+    x, u = (torch.from_numpy(v.astype(float)) for v in (d.states, d.controls))
+    return x[inside], u[inside], x[inside + 1]
+
+
+def test_quadrotor_steps_reproduce_the_released_transitions():
+    d = released('quadrotor')
+    x, u, following = consecutive(d)
+    assert (tasks.make('quadrotor').step(x, u) - following).abs().max() < 1e-4
+
+
+def test_quadrotor_return_of_the_released_expert_is_the_published_one():
+    d = released('quadrotor')
+    x, u = (torch.from_numpy(v.astype(float)) for v in (d.states, d.controls))
+    returns = tasks.make('quadrotor').reward(x, u).reshape(270, 100).sum(1)
+    assert abs(float(returns.mean()) - 631.9) < 1.0 and abs(float(returns.std()) - 25.7) < 1.0
+
+
+def test_a_window_is_part_of_its_trajectory_and_ends_at_rest():
+    d = released('quadrotor')
+    task = tasks.make('quadrotor')
+    w = datasets.windows(d, task, np.array([3, 269]), np.array([10, 97]), 8)
+    rows = torch.from_numpy(d.states.astype(float)).reshape(270, 100, 12)
+    assert torch.equal(w.x[0], rows[3, 10:18])
+    assert torch.equal(w.x[1], rows[269, [97, 98, 99, 99, 99, 99, 99, 99]])
+
+
+def test_a_file_reads_back_as_it_was_saved(tmp_path):
+    generator = np.random.default_rng(0)
+    saved = datasets.Demonstrations(generator.normal(size=(7, 2)), generator.normal(size=(7, 1)), np.array([3, 4]),
+                                    generator.normal(size=(7, 5, 3)), generator.normal(size=(7, 5, 3)),
+                                    np.ones((2, 5)), {'seed': 1})
+    datasets.save(tmp_path / 'a.npz', saved)
+    read = datasets.load(tmp_path / 'a.npz')
+    assert read.moving and read.about == {'seed': 1}
+    for name in ('states', 'controls', 'lengths', 'centers', 'velocity', 'radii'):
+        assert np.array_equal(getattr(read, name), getattr(saved, name)), name
+
+
+def test_a_split_uses_every_trajectory_once_and_depends_on_its_seed_only():
+    d = datasets.Demonstrations(np.zeros((40, 1)), np.zeros((40, 1)), np.full(20, 2), np.zeros((20, 0, 3)),
+                                np.zeros((20, 0, 3)), np.zeros((20, 0)))
+    train, valid = datasets.split(d, 4)
+    assert sorted([*train, *valid]) == list(range(20)) and len(valid) == 2
+    assert np.array_equal(valid, datasets.split(d, 4)[1])
+    assert not np.array_equal(valid, datasets.split(d, 5)[1])
+
+
+def test_every_state_is_drawn_as_often_as_any_other():
+    d = datasets.Demonstrations(np.zeros((10, 1)), np.zeros((10, 1)), np.array([2, 3, 5]), np.zeros((3, 0, 3)),
+                                np.zeros((3, 0, 3)), np.zeros((3, 0)))
+    trajectory, first = datasets.draw(d, np.array([0, 2]), 7000, torch.Generator().manual_seed(0))
+    assert set(trajectory) == {0, 2} and (first < d.lengths[trajectory]).all()
+    counts = np.unique(trajectory * 10 + first, return_counts=True)[1]
+    assert len(counts) == 7 and counts.min() > 850
+
+
+def test_a_torn_file_is_an_error_that_names_it(tmp_path):
+    np.savez(tmp_path / 'torn.npz', states=np.zeros((3, 2)), controls=np.zeros((2, 1)), lengths=np.array([3]))
+    with pytest.raises(ValueError, match='torn.npz'):
+        datasets.load(tmp_path / 'torn.npz')
