@@ -67,6 +67,7 @@ class Task(ABC):
     radius: float  # m, of every sphere
     positions: ClassVar[int]  # first numbers of the state that the network predicts as x_0 + dt out
     spatial: ClassVar[int] = 3  # numbers of a sphere's centre: the first numbers of the state
+    margin: ClassVar[float] = 0.0  # m that policies keep from every sphere's surface
     period: ClassVar[tuple[float, ...]] = ()  # of every state, 0 where it is no angle; empty: no angles
 
     @property
