@@ -10,7 +10,7 @@ setup(
     maintainer='DEQ-MPC flight stack maintainers',
     maintainer_email='maintainers@users.noreply.github.com',
     packages=find_packages(exclude=['test']),
-    package_data={'deqmpc.realtime': ['solver.c'], 'deqmpc.networks': ['inference.c']},
+    package_data={'deqmpc.realtime': ['solver.c', 'batch.c'], 'deqmpc.networks': ['inference.c']},
     data_files=[
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),
@@ -20,6 +20,9 @@ setup(
     entry_points={
         'console_scripts': [
             'deqmpc = deqmpc.cli:main',
+        ],
+        'deqmpc.commands': [
+            'train = deqmpc.training.train:main',
         ],
     },
     zip_safe=True,

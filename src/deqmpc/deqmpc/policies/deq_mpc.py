@@ -55,7 +55,7 @@ class Settings:
     softness: float = float('inf')  # largest multiplier of a constraint on the state; finite: soft constraints
     tolerance: float = 1e-4  # on defects, violations and optimality, at which a sample stops
     exact_gradient: bool = False  # with the curvature of dynamics and spheres, which the paper's gradient leaves out
-    compiled: bool = True  # batches on the CPU are solved by the compiled solver, one sample after the other
+    compiled: bool = True  # batches on the CPU are solved by the compiled solver
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -185,16 +185,7 @@ class DeqMpc(nn.Module):
         if solver is None or solver.problem is not self.problem or solver.settings != settings or (
                 solver.spheres_max < count):
             solver = self._realtime = realtime.RealtimeSolver(self.problem, max(count, 64), settings)
-        if not solver.compiled:
-            return al.solve(self.problem, data, start, settings)
-        plain = Instances(*(v.detach() for v in data.tensors()))
-        solution = _solve_one_by_one(solver, plain, start)
-        if not (torch.is_grad_enabled() and data.x_ref.requires_grad):
-            return solution
-        with torch.no_grad():
-            gradient = al._ImplicitGradient(self.problem, plain, solution, settings)
-        x, u = al._Attach.apply(gradient, solution.x, solution.u, *data.tensors())
-        return replace(solution, x=x, u=u, differentiable=gradient.ok)
+        return solver.solve_batch(data, start)
 
     def _warm(self, warm_start: WarmStart, data: Instances, settings: al.Settings, count: int) -> al.WarmStart:
         """tau from before, first knot on x_init; multipliers zero; the penalty high enough for what is to come."""
@@ -208,27 +199,6 @@ class DeqMpc(nn.Module):
         known = torch.isfinite(solution.cost)
         return al.WarmStart(*(torch.where(known.view(-1, *[1] * (new.dim() - 1)), new, old)
                               for new, old in zip(solution.warm_start.tensors(), before.tensors(), strict=True)))
-
-
-def _solve_one_by_one(solver: realtime.RealtimeSolver, data: Instances, start: al.WarmStart) -> al.Solution:
-    """A batch through the compiled solver: ten times less work than batched tensors at these sizes."""
-    given = [v.contiguous().numpy() for v in (data.x_init, data.x_ref, data.u_ref, data.centers, data.radii)]
-    begin = [v.contiguous().numpy() for v in start.tensors()]
-    found = []
-    for i in range(len(given[0])):
-        x, u, lam, eta, mu = (v[i] for v in begin)
-        found.append(solver.solve(*(v[i] for v in given), realtime.WarmStart(x, u, lam, eta, float(mu))))
-
-    def stacked(values):
-        return torch.from_numpy(np.array(values))
-    ends = [f.warm_start for f in found]
-    x, u = stacked([f.x for f in found]), stacked([f.u for f in found])
-    warm = al.WarmStart(x, u, stacked([e.lam for e in ends]), stacked([e.eta for e in ends]),
-                        stacked([e.mu for e in ends]))
-    status = torch.tensor([al.STATUS.index(f.status) for f in found])
-    numbers = {name: stacked([getattr(f, name) for f in found]) for name in ('defect', 'violation', 'cost', 'steps')}
-    return al.Solution(x, u, warm, status, decrement=stacked([f.optimality for f in found]),
-                       differentiable=torch.zeros_like(status, dtype=torch.bool), **numbers)
 
 
 class Controller:

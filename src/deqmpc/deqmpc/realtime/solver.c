@@ -118,6 +118,13 @@ static size_t layout(Work *w, char *base, int T, int K_max) {
   return at;
 }
 
+static void set_weights(Work *w, const Exchange *e) {
+  EACH(t, w->T + 1) {
+    EACH(i, N) lanes(&w->weight[t])[i] = t < w->T ? e->Q[i] : e->Qf[i];
+    if (t < w->T) EACH(j, M) lanes(&w->weight[t])[N + j] = e->R[j];
+  }
+}
+
 /* The working memory of `e`'s horizon and largest number of spheres; NULL where there is none left. */
 void *create(const Exchange *e) {
   Work measure;
@@ -128,10 +135,7 @@ void *create(const Exchange *e) {
   Work *w = memory;
   layout(w, (char *)memory + own, e->T, e->K_max);
   w->T = e->T; w->h = e->dt;
-  EACH(t, e->T + 1) {
-    EACH(i, N) lanes(&w->weight[t])[i] = t < e->T ? e->Q[i] : e->Qf[i];
-    if (t < e->T) EACH(j, M) lanes(&w->weight[t])[N + j] = e->R[j];
-  }
+  set_weights(w, e);
   EACH(kind, 3) {
     EACH(v, ZV) { w->up_limit[kind].v[v] = all(1); w->low_limit[kind].v[v] = all(1); }
     EACH(b, e->bounds) {

@@ -3,6 +3,7 @@
   solver = RealtimeSolver(problem, spheres_max=40)                             to a tolerance (interior point)
   solver = RealtimeSolver(problem, 40, al.Settings(iterations=2, gn_steps=2, optimality=0.0))       fixed steps
   solution = solver.solve(x_init, x_ref, u_ref, centers, radii, warm_start)
+  solution = solver.solve_cold(x_init, x_ref, u_ref, centers, radii)           where no plan is known
 
 The type of the settings chooses the method. `al.Settings` runs the iterations of deqmpc.solvers.augmented_lagrangian,
 step by step; `Settings` the primal-dual interior-point method of solver.c. Where there is no compiler both are served
@@ -25,8 +26,9 @@ import torch
 
 from deqmpc.dynamics import equations as dynamics
 from deqmpc.dynamics.integrators import rk4
-from deqmpc.problem import Problem
+from deqmpc.problem import Instances, Problem
 from deqmpc.realtime import build, codegen
+from deqmpc.realtime.batch import BatchSolver
 from deqmpc.solvers import augmented_lagrangian as al
 
 log = logging.getLogger(__name__)
@@ -128,9 +130,60 @@ class RealtimeSolver:
         """
         return self._backend.solve(x_init, x_ref, u_ref, spheres, radii, warm_start)
 
+    def solve_cold(self, x_init: np.ndarray, x_ref: np.ndarray, u_ref: np.ndarray, spheres: np.ndarray | None = None,
+                   radii: np.ndarray | None = None) -> Solution:
+        """Solve one instance of which no plan is known: arguments, shapes and errors of `solve`.
+
+        Spheres leave a local minimum for each side that they can be passed on, and one start finds one of them. So the
+        instance is solved from two that see it differently: standing at x_init, where the way is found from its near
+        end, and the plan without spheres, whose knots leave every sphere on the side they are on. That plan is moved
+        1 cm aside, as one through the middle of a sphere is on none. The cheaper solution that converged is returned
+        (the one with the least residual where none did), with the Newton steps of all three solves.
+        """
+        standing = self.solve(x_init, x_ref, u_ref, spheres, radii)
+        if radii is None or standing.status is al.Status.NOT_FINITE:
+            return standing
+        free = self.solve(x_init, x_ref, u_ref)
+        if free.status is al.Status.NOT_FINITE:
+            return standing
+        deflected = self.solve(x_init, x_ref, u_ref, spheres, radii, WarmStart(self._aside(free.x), free.u))
+        best = min(standing, deflected, key=_rank)
+        return best._replace(steps=standing.steps + free.steps + deflected.steps)
+
+    def _aside(self, x):
+        """x with the positions after x_0 moved along the axis on which they travel least."""
+        x, p = x.copy(), self.problem.position
+        axis = np.argmin(np.abs(x[-1, p] - x[0, p]))
+        x[1:, p.start + axis] += _ASIDE
+        return x
+
     def linearize(self, x: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """phi(x_t, u_t) (T, n) and dphi/d(x, u) (T, n, n+m) along x (T+1, n), u (T, m): what the solver sees."""
         return self._backend.linearize(x, u)
+
+    def solve_batch(self, data: Instances, warm_start: al.WarmStart | None = None) -> al.Solution:
+        """Solve a batch, torch float64 on the CPU, as `al.solve` does: weights of each sample, and with `al.Settings`
+        the implicit gradient where an input requires one.
+
+        Each sample has the numbers of `solve`; samples that are not finite leave the others alone. Runs on
+        torch.get_num_threads() threads. Raises ValueError on shapes, types and devices that do not fit, and where a
+        gradient of the interior-point method is asked for.
+        """
+        if warm_start is None:
+            settings = self.settings if isinstance(self.settings, al.Settings) else al.Settings()
+            warm_start = al.cold_start(self.problem, data, settings)
+        al.check_warm_start(self.problem, data, warm_start)
+        return self._backend.solve_batch(data, warm_start)
+
+
+_ASIDE = 0.01  # m, far less than a sphere
+
+
+def _rank(solution: Solution) -> tuple[int, float]:
+    """Smaller is better: converged ones by cost, then what is finite by residual."""
+    if solution.status is al.Status.CONVERGED:
+        return 0, solution.cost
+    return (1, solution.residual) if np.isfinite(solution.residual) else (2, 0.0)
 
 
 _said: set[str] = set()  # what this process has logged
@@ -167,7 +220,8 @@ def _library(equations, position, renew=False) -> ctypes.CDLL:
     else:
         parts = [repr(equations), repr(position), *sources]
         text = build.cached_text(parts, lambda: codegen.c_source(equations, position), renew)
-    return build.load(text + resources.files('deqmpc.realtime').joinpath('solver.c').read_text())
+    folder = resources.files('deqmpc.realtime')
+    return build.load('\n'.join([text, *(folder.joinpath(name).read_text() for name in ('solver.c', 'batch.c'))]))
 
 
 def _compiled(problem, spheres_max, settings) -> _Compiled:
@@ -213,6 +267,7 @@ class _Compiled:
             raise MemoryError(f'no memory for a horizon of {T} with {K} spheres')
         self._run = self._library.solve_al if self._is_al else self._library.solve_ip
         self._run.restype, self._run.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
+        self._batch = BatchSolver(self._library, e, settings)
 
     def agrees_with(self, problem: Problem) -> bool:
         """Whether one step at a random point is that of the dynamics' definition, run on floats."""
@@ -268,6 +323,9 @@ class _Compiled:
         return Solution(x, u, WarmStart(x, u, lam.copy(), own['eta'].copy(), float(own['mu'][0])), status, e.steps,
                         e.outer, e.defect, e.violation, e.decrement, e.cost)
 
+    def solve_batch(self, data, start) -> al.Solution:
+        return self._batch.solve(data, start)
+
     def linearize(self, x, u):
         T, n, m, *_ = self._shapes
         _copy('x', self._own['x'], x)
@@ -306,6 +364,9 @@ def _not_finite(shapes, K):
 
 class _Torch:
     """The same calls on the torch solver."""
+
+    def solve_batch(self, data, start) -> al.Solution:
+        return al.solve(self.problem, data, start, self.settings)
 
     def linearize(self, x, u):
         with torch.no_grad():

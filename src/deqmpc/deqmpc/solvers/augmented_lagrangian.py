@@ -27,6 +27,7 @@ of the AL iteration they stopped in; DEQ-MPC's smoothed gradient).
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -153,7 +154,7 @@ def solve(problem: Problem, data: Instances, warm_start: WarmStart | None = None
           settings: Settings = Settings()) -> Solution:
     """Solve a batch. Never raises for numbers, only (ValueError) for shapes; see `Solution.status`."""
     start = cold_start(problem, data, settings) if warm_start is None else warm_start
-    _check_warm_start(problem, data, start)
+    check_warm_start(problem, data, start)
     wanted = torch.is_grad_enabled() and any(v.requires_grad for v in data.tensors())
     with torch.no_grad():
         plain = Instances(*(v.detach() for v in data.tensors()))
@@ -161,12 +162,19 @@ def solve(problem: Problem, data: Instances, warm_start: WarmStart | None = None
     if not wanted:
         return solution
     with torch.no_grad():
-        gradient = _ImplicitGradient(problem, plain, solution, settings)
+        gradient = ImplicitGradient(problem, plain, solution, settings)
+    return attach_gradient(data, solution, gradient)
+
+
+def attach_gradient(data: Instances, solution: Solution, gradient) -> Solution:
+    """`solution` of `data` with x and u that hand a loss's gradients back to the fields of `data`, as
+    `gradient.pull_back` does (an ImplicitGradient, or one like it); `gradient.ok` (B,) says for which samples."""
     x, u = _Attach.apply(gradient, solution.x, solution.u, *data.tensors())
     return replace(solution, x=x, u=u, differentiable=gradient.ok)
 
 
-def _check_warm_start(problem, data, start):
+def check_warm_start(problem: Problem, data: Instances, start: WarmStart) -> None:
+    """ValueError where a field of `start` does not have the shape and type that `data` asks for."""
     B, T = data.x_init.shape[0], problem.horizon
     C = len(problem.limit) + data.radii.shape[1]
     for f, shape in zip(fields(start), ((B, T + 1, problem.n), (B, T, problem.m), (B, T, C), (B, T + 1, problem.n),
@@ -437,7 +445,7 @@ class _Solver:
         return done | limit | stuck
 
 
-class _ImplicitGradient:
+class ImplicitGradient:
     """The factorised KKT matrix at a solution, and the vector-Jacobian product with it."""
 
     def __init__(self, problem: Problem, data: Instances, solution: Solution, settings: Settings):
@@ -468,8 +476,9 @@ class _ImplicitGradient:
                                          for f in fields(exact)))
         self.ok = self.factors.ok & self.known
 
-    def pull_back(self, gx, gu):
-        """Gradients of the loss with respect to the fields of Instances, for gx = dloss/dx, gu = dloss/du."""
+    def pull_back(self, gx: Tensor, gu: Tensor, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """Gradients of the loss with respect to the fields of Instances, for gx = dloss/dx (B, T+1, n) and
+        gu = dloss/du (B, T, m); `wanted` says of which, the others are None where that saves work."""
         T, n = self.problem.horizon, self.problem.n
         data, point = self.data, self.point
         gx, gu = _select(self.ok, gx, torch.zeros_like(gx)), _select(self.ok, gu, torch.zeros_like(gu))
@@ -479,6 +488,13 @@ class _ImplicitGradient:
         vx, vu, y = (_select(self.ok, v.squeeze(-1), torch.zeros_like(v.squeeze(-1))) for v in (vx, vu, y))
         ex, eu = point.x - data.x_ref, point.u - data.u_ref
         weight = torch.cat([data.Q.unsqueeze(1).expand(-1, T, n), data.Qf.unsqueeze(1)], dim=1)
+        tracking = (-y[:, 0], weight * vx, data.R.unsqueeze(1) * vu, -(ex[:, :T] * vx[:, :T]).sum(1),
+                    -(eu * vu).sum(1), -ex[:, T] * vx[:, T])
+        return *tracking, *(self._pull_back_spheres(vx) if any(wanted[6:]) else (None, None))
+
+    def _pull_back_spheres(self, vx):
+        """Gradients with respect to centers and radii."""
+        data, point = self.data, self.point
         _, inverse = radius_and_inverse(data.radii)
         lam = self.lam[..., len(self.problem.limit):]
         a = self.a[..., len(self.problem.limit):]
@@ -490,20 +506,20 @@ class _ImplicitGradient:
         per_r = 2.0 * inverse
         dh_dr = 0.5 + 0.5 * (point.offset.square().sum(-1)) * per_r.square()
         g_radii = -(a * dh_dr * along - lam * per_r * along).sum(1)
-        return (-y[:, 0], weight * vx, data.R.unsqueeze(1) * vu, -(ex[:, :T] * vx[:, :T]).sum(1),
-                -(eu * vu).sum(1), -ex[:, T] * vx[:, T],
-                torch.cat([torch.zeros_like(g_centers[:, :1]), g_centers], dim=1), g_radii)
+        return torch.cat([torch.zeros_like(g_centers[:, :1]), g_centers], dim=1), g_radii
 
 
 class _Attach(torch.autograd.Function):
     """Hands x and u on and gives them the implicit gradient."""
 
     @staticmethod
-    def forward(ctx, gradient, x, u, *_inputs):
+    def forward(ctx, gradient, x, u, *inputs):
         ctx.gradient = gradient
+        ctx.save_for_backward(*inputs)  # torch then refuses a backward pass after they were changed in place
         return x.clone(), u.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gx, gu):
-        return None, None, None, *ctx.gradient.pull_back(gx, gu)
+        _ = ctx.saved_tensors
+        return None, None, None, *ctx.gradient.pull_back(gx, gu, ctx.needs_input_grad[3:])
