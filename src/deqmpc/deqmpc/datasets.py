@@ -100,6 +100,17 @@ def split(demonstrations: Demonstrations, seed: int, share: float = 0.9) -> tupl
     return np.sort(order[:count]), np.sort(order[count:])
 
 
+def take(demonstrations: Demonstrations, count: int) -> Demonstrations:
+    """The first `count` trajectories. ValueError where there are fewer."""
+    d = demonstrations
+    if not 1 <= count <= len(d.lengths):
+        raise ValueError(f'{count} trajectories asked for; expected 1 to {len(d.lengths)}')
+    rows = int(d.lengths[:count].sum())
+    at = rows if d.moving else count
+    return Demonstrations(d.states[:rows], d.controls[:rows], d.lengths[:count], d.centers[:at], d.velocity[:at],
+                          d.radii[:count], d.about)
+
+
 @dataclass(frozen=True)
 class Windows:
     """B windows of W states."""

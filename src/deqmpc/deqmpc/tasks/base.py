@@ -68,6 +68,7 @@ class Task(ABC):
     positions: ClassVar[int]  # first numbers of the state that the network predicts as x_0 + dt out
     spatial: ClassVar[int] = 3  # numbers of a sphere's centre: the first numbers of the state
     margin: ClassVar[float] = 0.0  # m that policies keep from every sphere's surface
+    softness: ClassVar[float] = float('inf')  # largest multiplier of a constraint on the state, in policies
     period: ClassVar[tuple[float, ...]] = ()  # of every state, 0 where it is no angle; empty: no angles
 
     @property
@@ -83,6 +84,11 @@ class Task(ABC):
     @abstractmethod
     def u_ref(self) -> Tensor:
         """(m,) inputs that cost nothing in `problem`."""
+
+    @property
+    def flight_problem(self) -> dict[str, float]:
+        """What a model folder records for the policy that flies it (deqmpc.policies.learned.CrazyflieProblem)."""
+        return {}
 
     @abstractmethod
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Spheres]:

@@ -1,0 +1,151 @@
+"""Training: data come in as said, runs are deterministic and resume, a short run learns."""
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deqmpc import datasets, tasks
+from deqmpc.datasets import Demonstrations
+from deqmpc.policies import model as model_folder
+from deqmpc.training import checkpoint, train
+from deqmpc.training.imitation import VARIANTS, Settings, Streaming, Trainer, build_model, state_scale
+
+TASK = tasks.make('quadrotor')
+
+
+def demonstrations(count=12, steps=24, seed=0) -> Demonstrations:
+    """Trajectories of a linear feedback to hovering from small errors: enough to learn from."""
+    x, _ = TASK.sample(count, torch.Generator().manual_seed(seed))
+    x = 0.05 * x
+    states, controls = [x], []
+    for _ in range(steps - 1):
+        lift = -0.15 * x[:, 2:3] - 0.15 * x[:, 8:9]
+        roll = 0.02 * (-4.0 * x[:, 3:4] - x[:, 9:10])
+        pitch = 0.02 * (-4.0 * x[:, 4:5] - x[:, 10:11])
+        u = TASK.u_ref + torch.cat([lift + roll - pitch, lift - roll - pitch, lift - roll + pitch,
+                                    lift + roll + pitch], dim=1)
+        controls.append(u)
+        x = TASK.step(x, u)
+        states.append(x)
+    controls.append(controls[-1])
+    flat = [torch.stack(v, dim=1).flatten(0, 1).numpy() for v in (states, controls)]
+    return Demonstrations(*flat, np.full(count, steps), np.zeros((count, 0, 3)), np.zeros((count, 0, 3)),
+                          np.zeros((count, 0)))
+
+
+def trainer(variant='deq_mpc_deq', steps=6, **changes) -> Trainer:
+    torch.manual_seed(0)
+    d = demonstrations()
+    settings = replace(Settings(steps=steps, batch=8, streaming=2), **changes)
+    model = build_model(TASK, variant, 16, state_scale(d, TASK, datasets.split(d, 0)[0]))
+    return Trainer(TASK, model, d, settings)
+
+
+def weights(t: Trainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in t.model.parameters()])
+
+
+def test_streaming_plans_start_at_consecutive_states_of_the_window_and_are_warm_from_the_second_on():
+    t = trainer()
+    w = t.windows(np.array([0, 1]), np.array([0, 3]))
+    plans = list(Streaming(t.model, TASK, w, 2))
+    assert len(plans) == 3
+    for s, (made, target) in enumerate(plans):
+        assert torch.equal(target, w.x[:, s:s + 6])
+        assert torch.allclose(made.x[-1][:, 0], w.x[:, s], atol=1e-3)
+        assert len(made.x) == (6 if s == 0 else 1)
+
+
+@pytest.mark.parametrize('variant', sorted(VARIANTS))
+def test_a_short_run_lowers_the_validation_error_of_every_variant(variant):
+    t = trainer(variant, steps=25, batch=16)
+    before = t.validate(50)
+    for _ in range(25):
+        report = t.step()
+        assert math.isfinite(report.loss) and report.skipped == 0
+    after = t.validate(50)
+    assert after.cold < 0.9 * before.cold and after.streamed < 0.9 * before.streamed
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights_bit_for_bit(tmp_path):
+    whole = trainer()
+    for _ in range(6):
+        whole.step()
+    part = trainer()
+    for _ in range(2):
+        part.step()
+    checkpoint.save(tmp_path, part, {'seed': 0})
+    resumed = trainer()
+    assert checkpoint.load(tmp_path, resumed, {'seed': 0}) and resumed.done == 2
+    for _ in range(4):
+        resumed.step()
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_the_difference_named(tmp_path):
+    t = trainer()
+    t.step()
+    checkpoint.save(tmp_path, t, {'seed': 0, 'hidden': 16})
+    with pytest.raises(ValueError, match='seed: 0 there, 1 now'):
+        checkpoint.load(tmp_path, trainer(), {'seed': 1, 'hidden': 16})
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path):
+    (tmp_path / checkpoint.NAME).write_bytes(b'torn')
+    with pytest.raises(ValueError, match=checkpoint.NAME):
+        checkpoint.load(tmp_path, trainer(), {})
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted():
+    t = trainer()
+    before = weights(t)
+
+    def poison(parameters):
+        for p in parameters:
+            p.grad.fill_(float('nan'))
+    assert t.step(average=poison).skipped == 1
+    assert torch.equal(before, weights(t))
+
+
+def test_two_halves_of_a_batch_average_to_the_gradient_of_the_whole():
+    found = []
+    for share in (slice(0, 4), slice(4, 8), slice(None)):
+        t = trainer()
+        kept = []
+        t.step(share, lambda parameters, kept=kept: kept.extend(p.grad.flatten().clone() for p in parameters))
+        found.append(torch.cat(kept))
+    assert torch.allclose(0.5 * (found[0] + found[1]), found[2], rtol=1e-3, atol=1e-3 * found[2].abs().max())
+
+
+def test_the_learning_rate_falls_from_its_start_to_the_share_that_is_left():
+    s = Settings(steps=100, learning_rate=1e-2, decay=0.1)
+    rates = [s.rate(i) for i in range(101)]
+    assert rates[0] == pytest.approx(1e-2) and rates[-1] == pytest.approx(1e-3)
+    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_the_command_trains_saves_a_model_with_its_card_and_continues(tmp_path):
+    datasets.save(tmp_path / 'd.npz', demonstrations())
+    command = ['quadrotor', '--demonstrations', str(tmp_path / 'd.npz'), '--smoke', '--out', str(tmp_path / 'run'),
+               '--log-every', '5', '--policy', 'deq_mpc_nn']
+    assert train.main(command) == 0
+    made = model_folder.load(tmp_path / 'run/model')
+    assert made.card['task'] == 'quadrotor' and made.card['seed'] == 0 and made.card['validation']['cold'] > 0
+    assert made.method['method'] == 'deq_mpc' and made.network.settings.kind == 'nn'
+    with Path(tmp_path / 'run/metrics.csv').open() as file:
+        assert [int(row['step']) for row in csv.DictReader(file)] == [5, 10, 15, 20]
+    assert train.main(command) == 0  # nothing left to do: validates and saves again
+
+
+def test_the_command_names_a_wrong_setting_and_a_missing_file(tmp_path, capsys):
+    assert train.main(['quadrotor', '--demonstrations', str(tmp_path / 'none.npz')]) == 1
+    assert 'none.npz' in capsys.readouterr().err
+    datasets.save(tmp_path / 'd.npz', demonstrations())
+    assert train.main(['quadrotor', '--demonstrations', str(tmp_path / 'd.npz'), '--smoke', '--method',
+                       'iterations=none', '--out', str(tmp_path / 'r')]) == 1
+    assert 'iterations=none' in capsys.readouterr().err
