@@ -141,7 +141,7 @@ class RealtimeSolver:
         (the one with the least residual where none did), with the Newton steps of all three solves.
         """
         standing = self.solve(x_init, x_ref, u_ref, spheres, radii)
-        if radii is None or standing.status is al.Status.NOT_FINITE:
+        if radii is None or len(radii) == 0 or standing.status is al.Status.NOT_FINITE:
             return standing
         free = self.solve(x_init, x_ref, u_ref)
         if free.status is al.Status.NOT_FINITE:
@@ -267,7 +267,7 @@ class _Compiled:
             raise MemoryError(f'no memory for a horizon of {T} with {K} spheres')
         self._run = self._library.solve_al if self._is_al else self._library.solve_ip
         self._run.restype, self._run.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p]
-        self._batch = BatchSolver(self._library, e, settings)
+        self._batch = BatchSolver(self._library, e, own, settings)
 
     def agrees_with(self, problem: Problem) -> bool:
         """Whether one step at a random point is that of the dynamics' definition, run on floats."""
