@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,10 +39,13 @@ class _Batch(ctypes.Structure):
 
 
 class BatchSolver:
-    """Batches through `library`, with the problem and settings of `exchange` (an `Exchange` of solver.c)."""
+    """Batches through `library`, with the problem and settings of `exchange` (an `Exchange` of solver.c).
 
-    def __init__(self, library: ctypes.CDLL, exchange: ctypes.Structure, settings):
-        self._library, self._exchange = library, exchange
+    `arrays` are what the exchange points to: a gradient may outlive the solver that they belong to.
+    """
+
+    def __init__(self, library: ctypes.CDLL, exchange: ctypes.Structure, arrays: dict[str, np.ndarray], settings):
+        self._library, self._exchange, self._arrays = library, exchange, arrays
         self._interior_point = not isinstance(settings, al.Settings)
         self._exact = not self._interior_point and settings.exact_gradient
         self._works: list[int] = []  # working memory, one a thread
