@@ -22,6 +22,7 @@ setup(
             'deqmpc = deqmpc.cli:main',
         ],
         'deqmpc.commands': [
+            'experts = deqmpc.experts:main',
             'train = deqmpc.training.train:main',
         ],
     },

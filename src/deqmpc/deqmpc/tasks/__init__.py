@@ -1,9 +1,12 @@
 """The tasks by name."""
 
 from deqmpc.tasks.base import Spheres, Task
+from deqmpc.tasks.cartpole import Cartpole
+from deqmpc.tasks.crazyflie import CrazyflieDynObs, CrazyflieObs
+from deqmpc.tasks.pendulum import Pendulum
 from deqmpc.tasks.quadrotor import Quadrotor
 
-TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Quadrotor,)}
+TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Pendulum, Cartpole, Quadrotor, CrazyflieObs, CrazyflieDynObs)}
 
 __all__ = ['TASKS', 'Spheres', 'Task', 'make']
 

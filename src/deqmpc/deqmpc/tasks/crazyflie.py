@@ -1,0 +1,151 @@
+"""Crazyflie among spheres: the flight task, from a hover at least 1 m away to the goal, standing or moving spheres.
+
+  x = (p - g, m, v, w)  u = thrusts / hover thrust     deqmpc.dynamics.crazyflie, in the frame of the goal g
+  dt = 0.1 s, 200 steps: at most 200 exp(2) = 1477.8
+  c = (10 |p - g|^2 + 10 |m|^2 + |v|^2 + |w|^2) / 200     |m| <= 1: the smaller one of the two sets
+  reward = exp(2 - c / 2), or -c where c > 500
+  failed: inside a sphere, on the ground (z = -g_z), not finite
+
+The goal is g = (0, 0, 1) m in the world. Spheres fill the flight volume by the rules of deqmpc.obstacles, starts are
+those of a trial: in the volume, 1 m from the goal, 0.3 m clear of the spheres, hovering but for small errors. The
+reward is that of the flight log, which leaves out the share of the inputs (below 1e-6). Moving spheres fly straight
+at 0.3 m/s and turn back at the walls of the volume.
+
+Source: DEQ-MPC, A.7 (40 virtual spheres of 0.10 m, T = 5, 10 Hz). Speeds of moving spheres are not in the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from deqmpc.airframe import Airframe
+from deqmpc.dynamics.crazyflie import Crazyflie as Equations
+from deqmpc.obstacles import FieldSettings
+from deqmpc.policies.learned import CrazyflieProblem
+from deqmpc.problem import Problem
+from deqmpc.tasks.base import Spheres, Task, uniform
+
+GOAL = (0.0, 0.0, 1.0)  # m, world
+FIELD = FieldSettings()
+LOW, HIGH = (tuple(a - g for a, g in zip(corner, GOAL, strict=True)) for corner in (FIELD.low, FIELD.high))  # walls, m
+START_LOW, START_HIGH = (-1.5, -1.5, -0.5), (1.5, 1.5, 0.6)  # m from the goal, of a trial's starts
+START_DISTANCE, START_CLEARANCE = 1.0, 0.3  # m, least ones to the goal and to a sphere's surface
+
+
+@dataclass(frozen=True)
+class CrazyflieObs(Task):
+    """The task with standing spheres."""
+
+    name = 'crazyflie_obs'
+    positions = 3
+    margin = 0.05
+    steps: int = 200
+    dt: float = 0.1
+    horizon: int = 5
+    hold: int = 0
+    spheres: int = FIELD.count
+    radius: float = FIELD.radius
+    speed: float = 0.0  # m/s of every sphere
+    floor: float = 0.15 - GOAL[2]  # m, lowest z that is planned
+
+    @property
+    def equations(self) -> Equations:
+        """Continuous dynamics."""
+        return Equations()
+
+    def problem(self, horizon: int | None = None) -> Problem:
+        """What flies the learned policy."""
+        return CrazyflieProblem().build(Airframe(), self.dt, horizon or self.horizon, self.floor)
+
+    @property
+    def u_ref(self) -> Tensor:
+        """Hovering."""
+        return torch.ones(4, dtype=torch.float64)
+
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Spheres]:
+        """See Task. ValueError where the volume cannot hold the spheres or a start."""
+        centers = draw_centers(count, self.spheres, self.radius, generator)
+        direction = torch.randn(centers.shape, generator=generator, dtype=torch.float64)
+        velocity = self.speed * direction / direction.norm(dim=-1, keepdim=True)
+        position = draw_starts(centers, self.radius, generator)
+        rest = uniform(count, [-0.05] * 2 + [-0.02] + [-0.2] * 3 + [-0.3] * 3,
+                       [0.05] * 2 + [0.02] + [0.2] * 3 + [0.3] * 3, generator)  # m (11 deg of tilt), v, w
+        radii = centers.new_full(centers.shape[:2], self.radius)
+        return torch.cat([position, rest], dim=1), Spheres(centers, velocity, radii)
+
+    def reward(self, x: Tensor, u: Tensor) -> Tensor:
+        """exp(2 - c/2), or -c where c > 500."""
+        square = x.square()
+        m = square[:, 3:6].sum(1)
+        other = square @ x.new_tensor([10.0] * 3 + [0.0] * 3 + [1.0] * 6)
+        cost = (other + 10.0 * torch.minimum(m, 1.0 / m.clamp_min(1e-12))) / 200.0
+        return torch.where(cost > 500.0, -cost, torch.exp(2.0 - 0.5 * cost))
+
+    @property
+    def best_reward(self) -> float:
+        """exp(2)."""
+        return math.exp(2.0)
+
+    def move(self, spheres: Spheres, x: Tensor) -> Spheres:
+        """Straight on, and back at the walls, as deqmpc.obstacles.ObstacleField."""
+        low, high = (spheres.centers.new_tensor(wall) for wall in (LOW, HIGH))
+        centers = spheres.centers + self.dt * spheres.velocity
+        below, above = centers < low, centers > high
+        centers = torch.where(below, 2.0 * low - centers, torch.where(above, 2.0 * high - centers, centers))
+        return replace(spheres, centers=centers,
+                       velocity=torch.where(below | above, -spheres.velocity, spheres.velocity))
+
+    def failed(self, x: Tensor, spheres: Spheres) -> Tensor:
+        """(B,) bool: not finite, inside a sphere, or on the ground."""
+        return super().failed(x, spheres) | (x[:, 2] <= -GOAL[2])
+
+
+@dataclass(frozen=True)
+class CrazyflieDynObs(CrazyflieObs):
+    """The task with moving spheres."""
+
+    name = 'crazyflie_dynobs'
+    speed: float = 0.3
+
+
+def draw_centers(count: int, spheres: int, radius: float, generator: torch.Generator) -> Tensor:
+    """Centres (count, spheres, 3) by the rules of FieldSettings: clear of the goal, with gaps, in the volume."""
+    centers = torch.zeros(count, spheres, 3, dtype=torch.float64)
+    for k in range(spheres):
+        def allowed(p, at, k=k):
+            apart = torch.cdist(p, centers[at, :k]) if k else p.new_full((*p.shape[:2], 1), math.inf)
+            return (p.norm(dim=-1) >= radius + FIELD.clear_radius) & (
+                apart.amin(dim=-1) >= 2.0 * radius + FIELD.gap)
+        centers[:, k] = _first_allowed(count, LOW, HIGH, allowed, generator,
+                                       f'sphere {k + 1} of {spheres} of radius {radius} m')
+    return centers
+
+
+def draw_starts(centers: Tensor, radius: float, generator: torch.Generator) -> Tensor:
+    """Positions (count, 3) of a trial's starts among the spheres at `centers` (count, K, 3)."""
+    def allowed(p, at):
+        apart = torch.cdist(p, centers[at]) if centers.shape[1] else p.new_full((*p.shape[:2], 1), math.inf)
+        return (p.norm(dim=-1) >= START_DISTANCE) & (apart.amin(dim=-1) >= radius + START_CLEARANCE)
+    return _first_allowed(len(centers), START_LOW, START_HIGH, allowed, generator, 'a start')
+
+
+def _first_allowed(count, low, high, allowed, generator, what, tries=32, rounds=100) -> Tensor:
+    """(count, 3): for each field the first uniform draw that `allowed(draws (F, tries, 3), fields (F,))` takes."""
+    found, left = torch.zeros(count, 3, dtype=torch.float64), torch.arange(count)
+    for _ in range(rounds):
+        if len(left) == 0:
+            return found
+        draws = uniform(len(left) * tries, low, high, generator).view(len(left), tries, 3)
+        good = allowed(draws, left)
+        first = good.to(torch.uint8).argmax(dim=1)
+        has = good.any(dim=1)
+        found[left[has]] = draws[has, first[has]]
+        left = left[~has]
+    if len(left) == 0:
+        return found
+    raise ValueError(f'{rounds * tries} draws found no place for {what} in {len(left)} of {count} fields between {low} '
+                     f'and {high} m from the goal; expected fewer or smaller spheres')

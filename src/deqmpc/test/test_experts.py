@@ -1,0 +1,144 @@
+"""Demonstrations: exact, feasible, better than what flies without them, and the same after an interruption."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from deqmpc import datasets, experts, tasks
+from deqmpc.dynamics.crazyflie import Crazyflie
+from deqmpc.dynamics.integrators import rk4
+from deqmpc.obstacles import ObstacleField
+from deqmpc.policies.mpc_only import MpcOnly
+from deqmpc.tasks.crazyflie import HIGH, LOW
+from deqmpc.types import Obstacles, RigidBodyState
+
+
+@pytest.fixture(scope='module')
+def demonstrations(tmp_path_factory):
+    made = {}
+    for task in ('crazyflie_obs', 'crazyflie_dynobs'):
+        path = tmp_path_factory.mktemp(task) / 'a.npz'
+        made[task] = experts.make(experts.Settings(task, trajectories=3, restarts=1, seed=1), path)
+    return made
+
+
+def trajectories(d):
+    """(kind, states, controls, sphere of every trajectory's first state) of every trajectory."""
+    for i, (first, length) in enumerate(zip(d.first, d.lengths, strict=True)):
+        yield d.about['kinds'][i], d.states[first:first + length], d.controls[first:first + length], d.starts([i])[1]
+
+
+@pytest.mark.parametrize('name', ['crazyflie_obs', 'crazyflie_dynobs'])
+def test_every_transition_is_the_plants(demonstrations, name):
+    for _, x, u, _ in trajectories(demonstrations[name]):
+        x, u = torch.from_numpy(x), torch.from_numpy(u)
+        assert (tasks.make(name).step(x[:-1], u[:-1]) - x[1:]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('name', ['crazyflie_obs', 'crazyflie_dynobs'])
+def test_bounds_hold(demonstrations, name):
+    frame = Crazyflie().airframe
+    low, high = frame.thrust_min / frame.hover_thrust, frame.thrust_max / frame.hover_thrust
+    for kind, x, u, _ in trajectories(demonstrations[name]):
+        assert low - 1e-6 < u.min() and u.max() < high + 1e-6
+        settled = x[1:] if kind == 'nominal' else x[1 + experts.GRACE:]
+        assert np.abs(settled[:, 6:9]).max() < 1.0 + 2e-3 and settled[:, 2].min() > -0.85 - 2e-3
+
+
+@pytest.mark.parametrize('name', ['crazyflie_obs', 'crazyflie_dynobs'])
+def test_spheres_are_not_cut_between_the_knots(demonstrations, name):
+    derivative = Crazyflie().derivative
+    for kind, x, u, spheres in trajectories(demonstrations[name]):
+        field = ObstacleField(*(v[0].numpy() for v in (spheres.centers, spheres.radii, spheres.velocity)),
+                              np.array(LOW), np.array(HIGH))
+        for s in np.arange(0.0, 1.0, 0.1):
+            p = np.array(rk4(derivative, x.T, u.T, max(s, 1e-9) * 0.1)[0][:3]).T
+            gap = np.array([field.at(0.1 * (t + s)).clearance(p[t])[0] for t in range(len(p))])
+            assert gap.min() > 0.0
+            assert (gap if kind == 'nominal' else gap[experts.GRACE:]).min() > 0.05 - 4e-3
+
+
+def test_nominal_demonstrations_end_at_rest_and_restarts_do_too(demonstrations):
+    d = demonstrations['crazyflie_obs']
+    assert d.about['kinds'] == ['nominal', 'restart'] * 3 and d.about['success_share'] == 1.0
+    for _, x, _, _ in trajectories(d):
+        assert np.abs(x[-1]).max() < 0.03
+
+
+def test_the_expert_earns_more_than_mpc_without_a_network(demonstrations):
+    d, task = demonstrations['crazyflie_obs'], tasks.make('crazyflie_obs')
+    for kind, x, u, spheres in trajectories(d):
+        if kind == 'nominal':
+            expert = float(task.reward(torch.from_numpy(x), torch.from_numpy(u)).sum())
+            hover = len(x) * float(task.reward(torch.from_numpy(x[:1]), torch.from_numpy(u[:1])))
+            mpc = return_of_mpc(task, x[0], spheres, len(x))
+            assert expert > mpc > hover
+
+
+def return_of_mpc(task, start, spheres, steps):
+    """Return of `mpc_only` on the task's plant."""
+    policy, x, total, warm = MpcOnly(), torch.from_numpy(start)[None], 0.0, None
+    for t in range(steps):
+        p, m, v, w = x[0].numpy().reshape(4, 3)
+        q = np.concatenate([2.0 * m, [1.0 - m @ m]]) / (1.0 + m @ m)
+        up = np.array([0.0, 0.0, 1.0])
+        field = Obstacles(0.1 * t, spheres.centers[0].numpy() + up, spheres.radii[0].numpy(),
+                          spheres.velocity[0].numpy())
+        _, warm, status = policy.plan(RigidBodyState(0.1 * t, p + up, q, v, w), field, warm)
+        assert warm is not None, status.message
+        u = torch.from_numpy(warm.solver.u[:1])
+        total += float(task.reward(x, u))
+        x = task.step(x, u)
+    return total
+
+
+def test_an_interrupted_run_continues_to_the_same_result(demonstrations, tmp_path, monkeypatch):
+    settings, path = experts.Settings('crazyflie_obs', trajectories=3, restarts=1, seed=1), tmp_path / 'a.npz'
+    make_part, made = experts._make_part, []
+
+    def killed(index):
+        if made:
+            raise KeyboardInterrupt
+        made.append(index)
+        return make_part(index)
+    monkeypatch.setattr(experts, '_make_part', killed)
+    with pytest.raises(KeyboardInterrupt):
+        experts.make(settings, path)
+    assert not path.exists() and len(list(path.with_suffix('.parts').glob('*.npz'))) == 1
+    monkeypatch.setattr(experts, '_make_part', make_part)
+    continued, whole = experts.make(settings, path), demonstrations['crazyflie_obs']
+    for name in ('states', 'controls', 'lengths', 'centers', 'velocity', 'radii'):
+        assert np.array_equal(getattr(continued, name), getattr(whole, name)), name
+    assert datasets.load(path).about['kinds'] == whole.about['kinds']
+
+
+def test_parts_of_other_settings_are_not_mixed_in(tmp_path):
+    path = tmp_path / 'a.npz'
+    experts.make(experts.Settings('crazyflie_obs', trajectories=1, restarts=0), path)
+    with pytest.raises(ValueError, match='Delete the folder'):
+        experts.make(experts.Settings('crazyflie_obs', trajectories=1, restarts=0, seed=2), path)
+
+
+def test_a_path_through_a_sphere_is_noticed():
+    task = tasks.make('crazyflie_obs')
+    planner = experts.Planner(task, experts.RECIPES[task.name])
+    T = planner.recipe.horizon
+    rest, hover = np.zeros((T + 1, 12)), np.ones((T, 4))
+    far, near = np.full((T + 1, 1, 3), 9.0), np.tile([0.12, 0.0, 0.0], (T + 1, 1, 1))
+    assert planner.check(rest, hover, far, np.array([0.1]))[0] == ''
+    reason, cut = planner.check(rest, hover, near, np.array([0.1]))
+    assert 'cut by 0.030 m' in reason and cut == pytest.approx([0.03])
+    assert planner.check(rest, hover, near, np.array([0.1]), grace=T)[0] == ''
+    assert 'transition' in planner.check(rest, 1.1 * hover, far, np.array([0.1]))[0]
+
+
+def test_the_command_says_where_demonstrations_come_from(tmp_path, capsys):
+    path = tmp_path / 'a.npz'
+    arguments = ['crazyflie_obs', '--trajectories', '1', '--restarts', '0', '--output', str(path)]
+    assert experts.main([*arguments, '--json']) == 0
+    told, about = json.loads(capsys.readouterr().out), datasets.load(path).about
+    assert told['demonstrations'] == 1 and told['output'] == str(path)
+    assert about['command'].startswith('deqmpc experts crazyflie_obs') and about['seed'] == 0 and about['commit']
+    assert experts.main(['juggling']) == 2 and "'juggling'" in capsys.readouterr().err
