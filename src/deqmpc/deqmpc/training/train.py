@@ -27,13 +27,12 @@ from tqdm import tqdm
 
 from deqmpc import datasets, tasks
 from deqmpc.policies import model as model_folder
-from deqmpc.policies.deq_mpc import DeqMpc
+from deqmpc.policies.deq_mpc import DeqMpc, Iterates
 from deqmpc.training import checkpoint
 from deqmpc.training.imitation import VARIANTS, Report, Settings, Trainer, build_model, state_scale
 
 _COLUMNS = ('step', 'loss', 'cold', 'streamed', 'gradient_norm', 'learning_rate', 'valid_cold', 'valid_streamed',
-            'left_out', 'skipped', 'fixed_point_unconverged', 'network_not_finite', 'solver_not_finite',
-            'no_gradient', 'last_unconverged', 'cpu_s')
+            'left_out', 'skipped', *Iterates().counts(), 'cpu_s')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,7 +109,8 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
         return folder / 'model'
     found = trainer.validate()
     card = {**about, 'command': 'deqmpc train ' + shlex.join(argv), 'commit': commit(),
-            'demonstrations': {'path': path.name, **demonstrations.about},
+            'demonstrations': {'path': path.name, **{k: v for k, v in demonstrations.about.items()
+                                                     if not isinstance(v, list)}},
             'validation': {'windows': 500, 'cold': round(found.cold, 4), 'streamed': round(found.streamed, 4)}}
     method = {} if not isinstance(model, DeqMpc) else dataclasses.asdict(model.settings)
     model_folder.save(folder / 'model', model_folder.Model(model.network, method, task.flight_problem, card))
