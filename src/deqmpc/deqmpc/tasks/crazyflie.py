@@ -17,7 +17,7 @@ Source: DEQ-MPC, A.7 (40 virtual spheres of 0.10 m, T = 5, 10 Hz). Speeds of mov
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class CrazyflieObs(Task):
     name = 'crazyflie_obs'
     positions = 3
     margin = 0.05
+    softness = 300.0  # a start inside a margin must have a plan that leaves it; as policies.mpc_only
     steps: int = 200
     dt: float = 0.1
     horizon: int = 5
@@ -60,6 +61,11 @@ class CrazyflieObs(Task):
     def problem(self, horizon: int | None = None) -> Problem:
         """What flies the learned policy."""
         return CrazyflieProblem().build(Airframe(), self.dt, horizon or self.horizon, self.floor)
+
+    @property
+    def flight_problem(self) -> dict[str, float]:
+        """See Task."""
+        return asdict(CrazyflieProblem())
 
     @property
     def u_ref(self) -> Tensor:
