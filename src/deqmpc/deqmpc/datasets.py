@@ -115,7 +115,7 @@ def take(demonstrations: Demonstrations, count: int) -> Demonstrations:
 class Windows:
     """B windows of W states."""
 
-    x: Tensor  # (B, W, n) float64; angles continuous, those of the first state within half a period
+    x: Tensor  # (B, W, n) float64; angles continuous, of the first state next to the goal's
     centers: Tensor  # (B, W, K, d) where the spheres were at every state of the window
     velocity: Tensor  # (B, W, K, d)
     radii: Tensor  # (B, K)
@@ -134,7 +134,7 @@ def windows(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray
     x = torch.from_numpy(d.states[at].astype(float))
     if task.period:
         x = continuous(x, task)
-        x = x - task.turns(x[:, :1])
+        x = x - task.turns(x[:, :1] - task.goal)
     rows = at if d.moving else np.repeat(trajectories[:, None], length, axis=1)
     centers, velocity = (torch.from_numpy(v[rows].astype(float)) for v in (d.centers, d.velocity))
     return Windows(x, centers, velocity, torch.from_numpy(d.radii[trajectories].astype(float)))

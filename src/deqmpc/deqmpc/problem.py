@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deqmpc.dynamics.equations import Equations
-from deqmpc.dynamics.integrators import RK4
+from deqmpc.dynamics.integrators import kind_of
 
 INF = float('inf')
 
@@ -70,7 +70,7 @@ class Problem:
             raise ValueError(f'horizon = {horizon!r}; expected an integer >= 1')
         self.equations, self.dt, self.horizon = equations, float(dt), horizon
         self.n, self.m = n, m
-        self.phi = RK4(equations, dt)
+        self.phi = kind_of(equations)(equations, dt)
         self.Q, self.R = _vector('Q', Q, n), _vector('R', R, m)
         self.Qf = self.Q if Qf is None else _vector('Qf', Qf, n)
         for name, weight in (('Q', self.Q), ('Qf', self.Qf), ('R', self.R)):

@@ -32,6 +32,57 @@ def test_quadrotor_steps_reproduce_the_released_transitions():
     assert (tasks.make('quadrotor').step(x, u) - following).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize('name', ['pendulum', 'cartpole'])
+def test_steps_reproduce_the_released_transitions_but_for_whole_turns(name):
+    task = tasks.make(name)
+    x, u, following = consecutive(released(name))
+    error = task.step(x, u) - following
+    assert (error - task.turns(error)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('name', ['pendulum', 'cartpole'])
+def test_released_episodes_end_with_the_tenth_success_in_a_row_and_not_before(name):
+    d, task = released(name), tasks.make(name)
+    x, u = (torch.from_numpy(v.astype(float)) for v in (d.states, d.controls))
+    reached = task.succeeded(task.step(x, u))  # after every step
+    for episode in torch.split(reached, d.lengths.tolist()):
+        assert episode[-task.hold:].all()
+        assert not episode[:-1].unfold(0, task.hold, 1).all(dim=1).any() if len(episode) > task.hold else True
+
+
+@pytest.mark.parametrize('name, mean', [('pendulum', -159.9), ('cartpole', -129.9)])
+def test_return_of_the_released_expert_is_the_one_in_the_tasks_file(name, mean):
+    d, task = released(name), tasks.make(name)
+    x, u = (torch.from_numpy(v.astype(float)) for v in (d.states, d.controls))
+    returns = torch.stack([r.sum() for r in torch.split(task.reward(x, u), d.lengths.tolist())])
+    assert abs(float(returns.mean()) - mean) < 0.06
+    assert d.lengths.max() <= task.steps and x.abs().max() < 10.0
+
+
+@pytest.mark.parametrize('name', ['pendulum', 'cartpole'])
+def test_reward_and_success_are_the_same_for_an_angle_of_any_turn(name):
+    task = tasks.make(name)
+    x, _ = task.sample(200, torch.Generator().manual_seed(0))
+    u = torch.zeros(200, task.equations.m, dtype=torch.float64)
+    turned = x + 2.0 * torch.tensor(task.period, dtype=torch.float64)
+    assert torch.allclose(task.reward(x, u), task.reward(turned, u), atol=1e-12)
+    assert torch.equal(task.succeeded(0.02 * x), task.succeeded(0.02 * x + turned - x))
+    assert task.reward(x, u).max() <= task.best_reward == float(task.reward(0.0 * x, u)[0])
+
+
+@pytest.mark.parametrize('name', ['pendulum', 'cartpole'])
+def test_windows_are_continuous_and_start_within_half_a_turn_of_the_goal(name):
+    d, task = released(name), tasks.make(name)
+    who, first = datasets.draw(d, np.arange(270), 3000, torch.Generator().manual_seed(0))
+    w = datasets.windows(d, task, who, first, 9)
+    rows = torch.from_numpy(d.states[d.first[who] + first].astype(float))
+    start = w.x[:, 0] - rows
+    assert (start - task.turns(start)).abs().max() < 1e-9
+    angles = torch.tensor(task.period) > 0
+    assert (w.x[:, 0, angles] - task.goal[angles]).abs().max() <= np.pi + 1e-9
+    assert w.x[..., angles].diff(dim=1).abs().max() < 0.5  # 20 steps a second: a turn would be 6.3
+
+
 def test_quadrotor_return_of_the_released_expert_is_the_published_one():
     d = released('quadrotor')
     x, u = (torch.from_numpy(v.astype(float)) for v in (d.states, d.controls))

@@ -1,7 +1,7 @@
 """Continuous dynamics written once, over scalars, and the derivatives generated from them.
 
-An `Equations` object gives x' = f(x, u) component by component with + - * / only (or functions that the
-scalars share). The same lines run on floats, arrays and tensors, and on sympy symbols, from which this module
+An `Equations` object gives x' = f(x, u) component by component with + - * / and the functions `sin` and `cos` of
+this module. The same lines run on floats, arrays and tensors, and on sympy symbols, from which this module
 derives
 
   the Jacobian  J = df/d(x, u)                      (n, n+m)
@@ -15,21 +15,46 @@ tensors. Generation takes about a second and happens once per process and airfra
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
 
 Scalars = Sequence[Any]
 
 
 class Equations(Protocol):
-    """Continuous dynamics. Implementations are frozen dataclasses, hence hashable by their constants."""
+    """Continuous dynamics. Implementations are frozen dataclasses, hence hashable by their constants. An attribute
+    `integrator` names the step they are made for, where it is not RK4 (deqmpc.dynamics.integrators)."""
 
     n: int
     m: int
 
     def derivative(self, x: Scalars, u: Scalars) -> list:
         """dx/dt, n scalars."""
+
+
+def sin(a: Any) -> Any:
+    """sin of a float, an array, a tensor or a symbol; NaN where it is not finite."""
+    return _function('sin', a)
+
+
+def cos(a: Any) -> Any:
+    """cos of a float, an array, a tensor or a symbol; NaN where it is not finite."""
+    return _function('cos', a)
+
+
+def _function(name, a):
+    if isinstance(a, (float, int)):
+        return getattr(math, name)(a) if math.isfinite(a) else math.nan
+    if isinstance(a, np.ndarray):
+        return getattr(np, name)(a)
+    if hasattr(a, name):  # a tensor
+        return getattr(a, name)()
+    import sympy
+    return getattr(sympy, name)(a)
 
 
 @dataclass(frozen=True)
@@ -103,7 +128,7 @@ def python_source(program: Program, name: str) -> str:
 
 
 def _compile(program: Program, name: str) -> Callable:
-    namespace: dict[str, Any] = {}
+    namespace: dict[str, Any] = {'sin': sin, 'cos': cos}
     exec(compile(python_source(program, name), f'<generated {name}>', 'exec'), namespace)
     return namespace[name]
 

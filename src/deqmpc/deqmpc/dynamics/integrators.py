@@ -1,5 +1,6 @@
-"""Discrete dynamics: the classical Runge-Kutta step and its exact first and second derivatives.
+"""Discrete dynamics: one step of an integrator and its exact first and second derivatives.
 
+The classical Runge-Kutta step, `RK4`:
   k1 = f(x, u)   k2 = f(x + h/2 k1, u)   k3 = f(x + h/2 k2, u)   k4 = f(x + h k3, u)
   phi(x, u) = x + h/6 (k1 + 2 k2 + 2 k3 + k4)
 
@@ -9,12 +10,20 @@ With z = (x, u), J_i = [A_i B_i] = df/dz at stage i and K_i = dk_i/dz the chain 
 and for the Hessian of y' phi, with adjoints w_i of the stages and S_i = dz_i/dz,
   w_4 = h/6 y   w_3 = h/3 y + h A_4' w_4   w_2 = h/3 y + h/2 A_3' w_3   w_1 = h/6 y + h/2 A_2' w_2
   d^2(y' phi)/dz^2 = sum_i S_i' [d^2(w_i' f)/dz^2](z_i) S_i
-J_i and d^2(w' f)/dz^2 are generated from the equations (deqmpc.dynamics.equations).
+
+The explicit step, `Euler`, is the same with one stage:
+  phi(x, u) = x + h f(x, u)   dphi/dz = [I 0] + h J   d^2(y' phi)/dz^2 = d^2(h y' f)/dz^2
+It serves maps that are not a Runge-Kutta step of continuous dynamics: f = (phi - x) / h, for a phi that is known.
+Semi-implicit Euler of q' = v, v' = a(q, v, u), say, has f = (v + h a, a); such equations know their step, `dt`.
+
+J and d^2(w' f)/dz^2 are generated from the equations (deqmpc.dynamics.equations).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -40,21 +49,75 @@ def rk4(derivative: Callable[[Scalars, Scalars], list], x: Scalars, u: Scalars,
     return following, (x, x2, x3, x4)
 
 
-class RK4:
+def euler(derivative: Callable[[Scalars, Scalars], list], x: Scalars, u: Scalars,
+          h: float) -> tuple[list, tuple[Scalars, ...]]:
+    """One step over scalars -> next state, and the state of the only stage."""
+    return [a + h * k for a, k in zip(x, derivative(x, u), strict=True)], (x,)
+
+
+class Integrator(ABC):
     """The step phi of `equations` over `dt` seconds, batched: x (..., n), u (..., m)."""
+
+    steps: ClassVar[tuple[float, ...]]  # stage i+1 is at x + steps[i] h k_i
+    weights: ClassVar[tuple[float, ...]]  # phi = x + h sum of weights[i] k_i
+    over_scalars: Callable[..., tuple[list, tuple[Scalars, ...]]]  # `rk4` or `euler`
 
     def __init__(self, equations: Equations, dt: float):
         self.equations, self.dt = equations, float(dt)
+        own = getattr(equations, 'dt', self.dt)
+        if own != self.dt:
+            raise ValueError(f'dt = {dt!r}; {type(equations).__name__} is made for steps of {own!r} s')
 
     def step(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """phi(x, u), shape (..., n). Differentiable by torch."""
         if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad):
-            following, _ = rk4(self.equations.derivative, x.unbind(-1), u.unbind(-1), self.dt)
+            following, _ = self.over_scalars(self.equations.derivative, x.unbind(-1), u.unbind(-1), self.dt)
             return torch.stack(following, dim=-1)
         return self._step(x, u)[0].reshape(x.shape)
 
+    @abstractmethod
     def linearize(self, x: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """phi (..., n) and dphi/d(x, u) (..., n, n+m). Not differentiable by torch."""
+
+    @abstractmethod
+    def curvature(self, x: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Hessian of y' phi with respect to (x, u), (..., n+m, n+m), for y (..., n). Not differentiable."""
+
+    def _step(self, x, u):
+        """phi (P, n) and the states of the S stages (S, P, n) of P points."""
+        n = self.equations.n
+        f, points = self.equations.derivative, torch.cat([x.detach(), u.detach()], dim=-1)
+        points = points.reshape(-1, points.shape[-1])
+        if points.device.type != 'cpu':
+            columns = points.unbind(-1)
+            following, states = self.over_scalars(f, columns[:n], columns[n:], self.dt)
+            return torch.stack(following, dim=-1), torch.stack([torch.stack(list(s), dim=-1) for s in states])
+        if 0 < len(points) <= _FEW_POINTS and points.dtype == torch.float64:
+            made = [self.over_scalars(f, p[:n], p[n:], self.dt) for p in points.tolist()]
+            return (torch.tensor([following for following, _ in made], dtype=x.dtype),
+                    torch.tensor([s for _, s in made], dtype=x.dtype).transpose(0, 1))
+        columns = np.ascontiguousarray(points.numpy().T)
+        following, states = self.over_scalars(f, columns[:n], columns[n:], self.dt)
+        return (torch.from_numpy(np.stack(following, axis=-1)),
+                torch.from_numpy(np.stack([np.stack(list(s), axis=-1) for s in states])))
+
+    def _jacobians(self, states, u):
+        """df/d(x, u) of the stages (S, P, n, n+m)."""
+        n, m = self.equations.n, self.equations.m
+        points = states.flatten(0, 1), _repeated(u, len(states))
+        j = _evaluate(jacobian_function(self.equations), points, (n, n + m))
+        return j.reshape(len(states), -1, n, n + m)
+
+
+class RK4(Integrator):
+    """The classical Runge-Kutta step."""
+
+    steps = (0.5, 0.5, 1.0)
+    weights = (1.0 / 6.0, 1.0 / 3.0, 1.0 / 3.0, 1.0 / 6.0)
+    over_scalars = staticmethod(rk4)
+
+    def linearize(self, x: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Integrator."""
         n, m = self.equations.n, self.equations.m
         following, states = self._step(x, u)
         k1, k2, k3, k4 = self._chain(self._jacobians(states, u))
@@ -63,7 +126,7 @@ class RK4:
         return following.reshape(x.shape), f.reshape(*x.shape[:-1], n, n + m)
 
     def curvature(self, x: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Hessian of y' phi with respect to (x, u), (..., n+m, n+m), for y (..., n). Not differentiable."""
+        """See Integrator."""
         n, m, h = self.equations.n, self.equations.m, self.dt
         _, states = self._step(x, u)
         j = self._jacobians(states, u)
@@ -78,33 +141,9 @@ class RK4:
         for i, step in ((1, 0.5 * h), (2, 0.5 * h), (3, h)):
             s[i, :, :n] += step * k[i - 1]
         w = torch.stack([w1, w2, w3, w4]).flatten(0, 1)[..., 0]
-        c = _evaluate(curvature_function(self.equations), (states.flatten(0, 1), _four(u), w), (n + m, n + m))
+        c = _evaluate(curvature_function(self.equations), (states.flatten(0, 1), _repeated(u, 4), w), (n + m, n + m))
         c = (c + torch.triu(c, diagonal=1).transpose(1, 2)).reshape(s.shape)
         return (s.transpose(2, 3) @ c @ s).sum(0).reshape(*x.shape[:-1], n + m, n + m)
-
-    def _step(self, x, u):
-        """phi (P, n) and the states of the four stages (4, P, n) of P points."""
-        n = self.equations.n
-        f, points = self.equations.derivative, torch.cat([x.detach(), u.detach()], dim=-1)
-        points = points.reshape(-1, points.shape[-1])
-        if points.device.type != 'cpu':
-            columns = points.unbind(-1)
-            following, states = rk4(f, columns[:n], columns[n:], self.dt)
-            return torch.stack(following, dim=-1), torch.stack([torch.stack(list(s), dim=-1) for s in states])
-        if 0 < len(points) <= _FEW_POINTS and points.dtype == torch.float64:
-            made = [rk4(f, p[:n], p[n:], self.dt) for p in points.tolist()]
-            return (torch.tensor([following for following, _ in made], dtype=x.dtype),
-                    torch.tensor([s for _, s in made], dtype=x.dtype).transpose(0, 1))
-        columns = np.ascontiguousarray(points.numpy().T)
-        following, states = rk4(f, columns[:n], columns[n:], self.dt)
-        return (torch.from_numpy(np.stack(following, axis=-1)),
-                torch.from_numpy(np.stack([np.stack(list(s), axis=-1) for s in states])))
-
-    def _jacobians(self, states, u):
-        """df/d(x, u) of the stages (4, P, n, n+m)."""
-        n, m = self.equations.n, self.equations.m
-        j = _evaluate(jacobian_function(self.equations), (states.flatten(0, 1), _four(u)), (n, n + m))
-        return j.reshape(4, -1, n, n + m)
 
     def _chain(self, j):
         n, h = self.equations.n, self.dt
@@ -115,9 +154,43 @@ class RK4:
         return k1, k2, k3, k4
 
 
-def _four(u: torch.Tensor) -> torch.Tensor:
-    """The inputs of all four stages (4 P, m)."""
-    return u.detach().reshape(-1, u.shape[-1]).repeat(4, 1)
+class Euler(Integrator):
+    """The explicit step."""
+
+    steps = ()
+    weights = (1.0,)
+    over_scalars = staticmethod(euler)
+
+    def linearize(self, x: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Integrator."""
+        n, m = self.equations.n, self.equations.m
+        following, states = self._step(x, u)
+        f = self.dt * self._jacobians(states, u)[0]
+        f[:, :, :n].diagonal(dim1=1, dim2=2).add_(1.0)
+        return following.reshape(x.shape), f.reshape(*x.shape[:-1], n, n + m)
+
+    def curvature(self, x: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """See Integrator."""
+        n, m = self.equations.n, self.equations.m
+        points = x.detach().reshape(-1, n), _repeated(u, 1), self.dt * y.detach().reshape(-1, n)
+        c = _evaluate(curvature_function(self.equations), points, (n + m, n + m))
+        return (c + torch.triu(c, diagonal=1).transpose(1, 2)).reshape(*x.shape[:-1], n + m, n + m)
+
+
+INTEGRATORS: dict[str, type[Integrator]] = {'rk4': RK4, 'euler': Euler}
+
+
+def kind_of(equations: Equations) -> type[Integrator]:
+    """The integrator that `equations` are made for: RK4 where they name none. ValueError for an unknown name."""
+    name = getattr(equations, 'integrator', 'rk4')
+    if name not in INTEGRATORS:
+        raise ValueError(f'{type(equations).__name__}.integrator = {name!r}; expected one of {", ".join(INTEGRATORS)}')
+    return INTEGRATORS[name]
+
+
+def _repeated(u: torch.Tensor, stages: int) -> torch.Tensor:
+    """The inputs of all stages (S P, m)."""
+    return u.detach().reshape(-1, u.shape[-1]).repeat(stages, 1)
 
 
 def _evaluate(function: Callable, vectors: tuple[torch.Tensor, ...], shape: tuple[int, int]) -> torch.Tensor:

@@ -7,8 +7,9 @@ The generated text stands before solver.c in one translation unit and defines N,
 
 over `vec`, a vector of LANES doubles: each lane is a knot. F holds the structurally non-zero entries of
 dphi/d(x, u) in the order of F_ROW, F_COLUMN; C those of the upper triangle of d^2(y' phi)/d(x, u)^2 in the order of
-C_ROW, C_COLUMN. f and df/d(x, u) share their common subexpressions; the chain rules of the Runge-Kutta step (see
-deqmpc.dynamics.integrators) are unrolled over non-zero entries.
+C_ROW, C_COLUMN. f and df/d(x, u) share their common subexpressions, among them sin and cos of an angle, which libm
+computes lane by lane; the chain rules of the integrator that the equations are made for (see
+deqmpc.dynamics.integrators) are unrolled over its stages and over non-zero entries.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deqmpc.dynamics.equations import Equations, curvature_program
+from deqmpc.dynamics.integrators import kind_of
 
 LANES = 8  # doubles in one vector: a register of AVX-512, two of AVX2, four of NEON
 
@@ -71,6 +73,9 @@ def _printer():
                 raise ValueError(f'cannot write {expr} in C; expected functions among {", ".join(_FUNCTIONS)}')
             return f'lanes_{name}({self._print(expr.args[0])})'
 
+    for name in _FUNCTIONS:  # sympy prints these by functions of their own
+        setattr(Printer, f'_print_{name}', Printer._print_Function)
+
     return Printer().doprint
 
 
@@ -88,15 +93,19 @@ class _Writer:
                                               symbols=sympy.numbered_symbols('t'), order='none')
         self.f, self.J = reduced[:self.n], reduced[self.n:]
         self.text = _printer()
-        # sparsity of the columns of K_1 .. K_4 (dk_i/dz): J, then J + A K
+        integrator = kind_of(equations)
+        self.steps = [f'({step!r} * h)' for step in integrator.steps]  # from x to the stages after the first
+        self.weights = [f'({weight!r} * h)' for weight in integrator.weights]
+        self.stage_count = len(self.weights)
+        # sparsity of the columns of K_1 .. K_S (dk_i/dz): J, then J + A K
         rows = {i: [j for a, j in self.nonzero if a == i] for i in range(self.n)}
         self.A = {i: [k for k in rows[i] if k < self.n] for i in rows}
         self.K = [set(self.nonzero)]
-        for _ in range(3):
+        for _ in self.steps:
             self.K.append(set(self.nonzero) | {(i, j) for i in self.A for k in self.A[i] for a, j in self.K[-1]
                                                if a == k})
         diagonal = {(i, i) for i in range(self.n)}
-        self.entries = sorted(self.K[3] | diagonal)
+        self.entries = sorted(self.K[-1] | diagonal)
 
     def unpack(self, names):
         return [f'  const vec {name}{i} = {name}[{i}];' for name, size in names for i in range(size)]
@@ -113,14 +122,13 @@ class _Writer:
         return [*lines, '}']
 
     def stages(self):
-        """Statements: the four stages k[i], their Jacobians J[i], stage states and sensitivities K[i]."""
-        count, size = len(self.nonzero), self.n * (self.n + self.m)
-        lines = [f'  vec k[4][N], J[4][{count}], K[4][{size}], stage[4][N];',
+        """Statements: the stages k[i], their Jacobians J[i], stage states and sensitivities K[i]."""
+        count, size, S = len(self.nonzero), self.n * (self.n + self.m), self.stage_count
+        lines = [f'  vec k[{S}][N], J[{S}][{count}], K[{S}][{size}], stage[{S}][N];',
                  '  for (int i = 0; i < N; i++) stage[0][i] = x[i];']
-        for s in range(4):
+        for s in range(S):
             if s:
-                step = 'h' if s == 3 else '0.5 * h'
-                lines += [f'  for (int i = 0; i < N; i++) stage[{s}][i] = x[i] + ({step}) * k[{s - 1}][i];']
+                lines += [f'  for (int i = 0; i < N; i++) stage[{s}][i] = x[i] + {self.steps[s - 1]} * k[{s - 1}][i];']
             lines += [f'  f_and_jacobian(stage[{s}], u, k[{s}], J[{s}]);']
             for i, j in sorted(self.K[s]):
                 lines.append(f'  K[{s}][{i * (self.n + self.m) + j}] = {self.chain(s, i, j)};')
@@ -137,8 +145,7 @@ class _Writer:
                 terms.append(f'{factor} * K[{s - 1}][{k * (self.n + self.m) + j}]')
         if not terms:
             return own
-        step = 'h' if s == 3 else '0.5 * h'
-        product = f'({step}) * ({" + ".join(terms)})'
+        product = f'{self.steps[s - 1]} * ({" + ".join(terms)})'
         return f'{own} + {product}' if own else product
 
     def jacobian(self, s, i, j):
@@ -146,24 +153,27 @@ class _Writer:
 
     def linearize(self):
         rows, columns = zip(*self.entries, strict=True)
+        stages = range(self.stage_count)
         lines = [f'#define F_COUNT {len(self.entries)}',
                  f'static const short F_ROW[F_COUNT] = {{{", ".join(map(str, rows))}}};',
                  f'static const short F_COLUMN[F_COUNT] = {{{", ".join(map(str, columns))}}};',
                  'static void rk4_linearize(const vec *x, const vec *u, double h, vec *next, vec *F) {',
                  *self.stages(),
-                 '  const double w = h / 6.0;',
-                 '  for (int i = 0; i < N; i++) next[i] = x[i] + w * (k[0][i] + 2.0 * (k[1][i] + k[2][i]) + k[3][i]);']
+                 f'  for (int i = 0; i < N; i++) next[i] = x[i] + {self.weighted([f"k[{s}][i]" for s in stages])};']
         for e, (i, j) in enumerate(self.entries):
             at = i * (self.n + self.m) + j
-            have = [(i, j) in self.K[s] for s in range(4)]
-            middle = [f'K[{s}][{at}]' for s in (1, 2) if have[s]]
-            terms = [f'K[{s}][{at}]' for s in (0, 3) if have[s]]
-            if middle:
-                terms.append(f'2.0 * ({" + ".join(middle)})')
             one = '1.0 + ' if i == j else ''
-            value = f'w * ({" + ".join(terms)})' if terms else '(vec){0}'
-            lines.append(f'  F[{e}] = {one}{value};')
+            value = self.weighted([f'K[{s}][{at}]' if (i, j) in self.K[s] else '' for s in stages])
+            lines.append(f'  F[{e}] = {one}{value or "(vec){0}"};')
         return [*lines, '}']
+
+    def weighted(self, values):
+        """The sum of `values`, one for each stage or '', with the integrator's weights."""
+        sums: dict[str, list[str]] = {}
+        for weight, value in zip(self.weights, values, strict=True):
+            if value:
+                sums.setdefault(weight, []).append(value)
+        return ' + '.join(f'{weight} * ({" + ".join(terms)})' for weight, terms in sums.items())
 
     def curvature(self):
         """d^2(y' phi)/dz^2 = sum_i S_i' [d^2(w_i' f)/dz^2] S_i, see deqmpc.dynamics.integrators."""
@@ -183,12 +193,11 @@ class _Writer:
                   f'static const short C_ROW[{len(rows)}] = {{{", ".join(map(str, rows))}}};',
                   f'static const short C_COLUMN[{len(rows)}] = {{{", ".join(map(str, columns))}}};',
                   'static void rk4_curvature(const vec *x, const vec *u, double h, const vec *y, vec *C) {',
-                  *self.stages(), f'  vec w[4][N], c[{max(len(upper), 1)}];',
-                  '  for (int i = 0; i < N; i++) w[3][i] = (h / 6.0) * y[i];']
-        for s in (2, 1, 0):
+                  *self.stages(), f'  vec w[{self.stage_count}][N], c[{max(len(upper), 1)}];']
+        for s in reversed(range(self.stage_count)):
             lines += self.adjoint(s)
         lines += ['  for (int e = 0; e < C_COUNT; e++) C[e] = (vec){0};']
-        for s in range(4):
+        for s in range(self.stage_count):
             lines += ['  {', f'    f_curvature(stage[{s}], u, w[{s}], c);']
             full: dict[int, dict[int, str]] = {}
             for e, (i, j) in enumerate(upper):
@@ -213,21 +222,23 @@ class _Writer:
         """S_1 = I, S_i = [I + step K_{i-1}; 0 I]: for each stage and row {column: factor}."""
         Z = self.n + self.m
         S = []
-        for s in range(4):
-            step = 'h' if s == 3 else '(0.5 * h)'
-            rows = {r: {j: f'{step} * K[{s - 1}][{r * Z + j}]' for i, j in self.K[s - 1] if s and i == r}
-                    for r in range(Z)}
+        for s in range(self.stage_count):
+            rows: dict[int, dict[int, str]] = {r: {} for r in range(Z)}
+            for i, j in self.K[s - 1] if s else ():
+                rows[i][j] = f'{self.steps[s - 1]} * K[{s - 1}][{i * Z + j}]'
             for r, row in rows.items():
                 row[r] = f'1.0 + {row[r]}' if r in row else '1.0'
             S.append(rows)
         return S
 
     def adjoint(self, s):
-        """w_s = base y + step A_{s+1}' w_{s+1}"""
-        step, base = ('h' if s == 2 else '(0.5 * h)'), ('(h / 3.0)' if s else '(h / 6.0)')
+        """w_s = weight y + step A_{s+1}' w_{s+1}"""
         for k in range(self.n):
-            terms = [f'{self.jacobian(s + 1, i, k)} * w[{s + 1}][{i}]' for i in self.A if k in self.A[i]]
-            yield f'  w[{s}][{k}] = {base} * y[{k}]' + (f' + {step} * ({" + ".join(terms)})' if terms else '') + ';'
+            value = f'{self.weights[s]} * y[{k}]'
+            if s + 1 < self.stage_count:
+                terms = [f'{self.jacobian(s + 1, i, k)} * w[{s + 1}][{i}]' for i in self.A if k in self.A[i]]
+                value += f' + {self.steps[s]} * ({" + ".join(terms)})' if terms else ''
+            yield f'  w[{s}][{k}] = {value};'
 
 
 def _times(factor, value):

@@ -6,8 +6,8 @@ An episode runs in steps of dt, for t = 0..steps-1:
   r_t = reward(x_t, u_t)         return = sum of r_t
 
 It ends early, with reward 0 from then on, where a state has failed (touched a sphere, left the numbers) and where
-it has succeeded for `hold` steps in a row. Angles may be given modulo their period; `wrapped` picks the one nearest
-to the range the task starts in.
+it has succeeded for `hold` steps in a row. Angles may be given modulo their period; policies see those within half a
+period of the goal's, `wrapped`.
 """
 
 from __future__ import annotations
@@ -99,6 +99,11 @@ class Task(ABC):
         """r (B,) of the input u (B, m) at the state x (B, n)."""
 
     @property
+    def goal(self) -> Tensor:
+        """(n,) state that is sought."""
+        return torch.zeros(self.equations.n, dtype=torch.float64)
+
+    @property
     @abstractmethod
     def best_reward(self) -> float:
         """The largest reward of a step."""
@@ -130,8 +135,12 @@ class Task(ABC):
         """What to subtract from x (..., n) to have every angle in [-period/2, period/2]: multiples of the periods."""
         if not self.period:
             return torch.zeros_like(x)
-        period = torch.tensor(self.period, dtype=x.dtype)
+        period = x.new_tensor(self.period)
         return torch.where(period > 0, torch.round(x / period.clamp_min(1e-9)) * period, 0.0)
+
+    def wrapped(self, x: Tensor) -> Tensor:
+        """x (..., n) with every angle within half a period of the goal's."""
+        return x - self.turns(x - self.goal.to(x))
 
     def _plant(self) -> Problem:
         """The problem whose phi is the plant; kept, because deriving it takes time."""

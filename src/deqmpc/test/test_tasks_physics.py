@@ -1,0 +1,165 @@
+"""The tasks' dynamics: one definition for scalars, tensors, derivatives and C; energies and equilibria."""
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from deqmpc.dynamics import equations
+from deqmpc.dynamics.cartpole import Cartpole
+from deqmpc.dynamics.integrators import RK4, kind_of
+from deqmpc.dynamics.pendulum import Pendulum
+from deqmpc.problem import Problem
+from deqmpc.realtime import build, codegen
+from deqmpc.realtime.solver import RealtimeSolver, Settings
+from deqmpc.solvers import augmented_lagrangian as al
+
+DT = 0.05
+needs_compiler = pytest.mark.skipif(not build.available(), reason='no C compiler on this machine')
+MODELS = [Pendulum(), Cartpole()]
+
+
+def points(model, count, seed=0):
+    """States, inputs and weights, float64."""
+    rng = np.random.default_rng(seed)
+    return tuple(torch.from_numpy(rng.normal(size=(count, size))) for size in (model.n, model.m, model.n))
+
+
+@pytest.mark.parametrize('model', MODELS, ids=lambda m: type(m).__name__)
+def test_floats_arrays_and_tensors_take_the_same_step(model):
+    x, u, _ = points(model, 40)
+    phi = kind_of(model)(model, DT)
+    arrays = phi.step(x, u)
+    floats = torch.cat([phi.step(x[i:i + 1], u[i:i + 1]) for i in range(40)])
+    tensors = phi.step(x.requires_grad_(), u).detach()
+    assert torch.allclose(arrays, floats, atol=1e-13) and torch.allclose(arrays, tensors, atol=1e-13)
+
+
+@pytest.mark.parametrize('count', [3, 60])  # floats, arrays
+@pytest.mark.parametrize('model', MODELS, ids=lambda m: type(m).__name__)
+def test_jacobian_and_curvature_are_those_of_differences(model, count):
+    x, u, y = points(model, count)
+    phi, n, step = kind_of(model)(model, DT), model.n, 1e-5
+    following, F = phi.linearize(x, u)
+    C = phi.curvature(x, u, y)
+    assert torch.allclose(following, phi.step(x, u), atol=1e-13)
+    for j in range(n + model.m):
+        d = step * torch.eye(n + model.m, dtype=torch.float64)[j]
+        ahead, behind = (phi.linearize(x + s * d[:n], u + s * d[n:]) for s in (1.0, -1.0))
+        slope, bend = (ahead[0] - behind[0]) / (2 * step), (ahead[1] - behind[1]) / (2 * step)
+        assert torch.allclose(F[..., j], slope, atol=1e-8, rtol=1e-7)
+        assert torch.allclose(C[..., j], torch.einsum('bi,bij->bj', y, bend), atol=1e-8, rtol=1e-7)
+
+
+HARNESS = '''
+static void spread(const double *from, int count, vec *to) {
+  for (int i = 0; i < count; i++) for (int l = 0; l < LANES; l++) to[i][l] = from[i * LANES + l];
+}
+void run(const double *x, const double *u, const double *y, double h, double *next, double *F, double *C) {
+  vec a[N], b[M], w[N], to[N], f[F_COUNT], c[C_COUNT + 1];
+  spread(x, N, a); spread(u, M, b); spread(y, N, w);
+  rk4_linearize(a, b, h, to, f);
+  rk4_curvature(a, b, h, w, c);
+  for (int l = 0; l < LANES; l++) {
+    for (int i = 0; i < N; i++) next[l * N + i] = to[i][l];
+    for (int e = 0; e < F_COUNT; e++) F[(l * N + F_ROW[e]) * (N + M) + F_COLUMN[e]] = f[e][l];
+    for (int e = 0; e < C_COUNT; e++) C[(l * (N + M) + C_ROW[e]) * (N + M) + C_COLUMN[e]] = c[e][l];
+  }
+}
+'''
+
+
+@needs_compiler
+@pytest.mark.parametrize('model', MODELS, ids=lambda m: type(m).__name__)
+def test_compiled_step_jacobian_and_curvature_are_those_of_torch(model):
+    lanes, n, m = codegen.LANES, model.n, model.m
+    x, u, y = points(model, lanes, seed=1)
+    library = build.load(codegen.c_source(model, [0]) + HARNESS)
+    out = [np.zeros((lanes, n)), np.zeros((lanes, n, n + m)), np.zeros((lanes, n + m, n + m))]
+    given = [np.ascontiguousarray(v.numpy().T) for v in (x, u, y)]
+    address = [ctypes.c_void_p(v.ctypes.data) for v in (*given, *out)]
+    library.run(*address[:3], ctypes.c_double(DT), *address[3:])
+    phi = kind_of(model)(model, DT)
+    following, F = phi.linearize(x, u)
+    C = torch.triu(phi.curvature(x, u, y))
+    for mine, exact in zip(out, (following, F, C), strict=True):
+        assert np.abs(mine - exact.numpy()).max() < 1e-10
+
+
+@needs_compiler
+def test_the_compiled_solver_swings_the_pendulum_as_the_torch_solver_does():
+    problem = Problem(Pendulum(), DT, 20, Q=[10.0, 1.0], R=[0.01], u_low=[-3.0], u_high=[3.0], position=[0])
+    given = np.array([0.4, -0.2]), np.zeros((21, 2)), np.zeros((20, 1))
+    solver = RealtimeSolver(problem, 0, Settings(tolerance=1e-9))
+    fast = solver.solve(*given)
+    slow = al.solve(problem, problem.instances(*(torch.from_numpy(v)[None] for v in given)), settings=al.Settings(
+        feasibility=1e-10, optimality=1e-18, newton_below=1e-2, gn_steps=60, iterations=30))
+    assert solver.compiled and fast.status is al.Status.CONVERGED
+    assert np.abs(fast.x - slow.x[0].numpy()).max() < 1e-5 and np.abs(fast.u).max() > 2.99
+
+
+def energy(model, x):
+    """Joule; the cart-pole's is derived in the head of its file from the kinetic energies of two bodies."""
+    if isinstance(model, Pendulum):
+        return 0.5 * x[..., 1] ** 2 + model.gravity * torch.cos(x[..., 0])
+    _, theta, v, w = x.unbind(-1)
+    centre = torch.stack([v - torch.cos(theta) * w, -torch.sin(theta) * w])  # velocity of the pole's centre, 1 m up
+    return 0.5 * 10.0 * v ** 2 + 0.5 * centre.square().sum(0) + 0.5 * 1.0 * w ** 2 + 9.81 * torch.cos(theta)
+
+
+@pytest.mark.parametrize('model, dt, drift', [(Pendulum(dt=1e-4), 1e-4, 5e-3), (Cartpole(), 1e-3, 1e-9)],
+                         ids=['Pendulum', 'Cartpole'])
+def test_energy_stays_without_input(model, dt, drift):
+    """A second of motion: the first-order step of the pendulum loses energy with dt, RK4 of the cart-pole with dt^4."""
+    x, _, _ = points(model, 50)
+    start = energy(model, x)
+    phi = kind_of(model)(model, dt)
+    for _ in range(round(1.0 / dt)):
+        x = phi.step(x, torch.zeros(50, model.m, dtype=torch.float64))
+    assert (energy(model, x) - start).abs().max() < drift
+
+
+def test_force_on_the_cart_does_work_at_the_carts_speed():
+    model = Cartpole()
+    x, u, _ = points(model, 50)
+    x.requires_grad_()
+    slope, = torch.autograd.grad(energy(model, x).sum(), x)
+    rate = torch.stack(model.derivative(x.unbind(-1), u.unbind(-1)), dim=-1)
+    assert torch.allclose((slope * rate).sum(-1), u[:, 0] * x[:, 2], atol=1e-10)
+
+
+# --- scalars and integrators ----------------------------------------------------------------------
+
+def test_sin_and_cos_of_what_is_not_finite_are_nan_for_every_scalar():
+    for name in ('sin', 'cos'):
+        function = getattr(equations, name)
+        for value in (math.inf, -math.inf, math.nan):
+            with np.errstate(invalid='ignore'):
+                array = function(np.array([value]))
+            assert math.isnan(function(value)) and np.isnan(array).all()
+            assert torch.isnan(function(torch.tensor([value]))).all()
+
+
+def test_equations_made_for_one_step_refuse_another():
+    with pytest.raises(ValueError, match=r'dt = 0.1; Pendulum is made for steps of 0.05 s'):
+        Problem(Pendulum(), 0.1, 3, [1.0, 1.0], [1.0], position=[0])
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Equations that name an integrator nobody has."""
+
+    integrator = 'leapfrog'
+    n = m = 1
+
+
+def test_an_unknown_integrator_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="Odd.integrator = 'leapfrog'; expected one of rk4, euler"):
+        Problem(Odd(), 0.1, 3, [1.0], [1.0], position=[0])
+
+
+def test_equations_that_name_no_integrator_get_runge_kutta():
+    assert kind_of(Cartpole()) is RK4
