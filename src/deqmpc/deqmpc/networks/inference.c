@@ -362,3 +362,13 @@ void predict(const network *n, const anderson *s, workspace *w, double dt, const
             if (!isfinite(value)) report[2] = 0.0;
         }
 }
+
+/* `count` samples, one after the other, without spheres: predict for x_init [count][NX], tau [count][T+1][NX], z
+   [count][T][H], theta [count][T+1][NX] */
+void predict_many(const network *n, const anderson *s, workspace *w, double dt, long count, const double *x_init,
+                  const double *tau, float *z, long warm, double *theta) {
+    double report[3];
+    for (long i = 0; i < count; i++)
+        predict(n, s, w, dt, x_init + i * NX, tau + i * (T + 1) * NX, 0, 0, 0, z + i * SIZE, warm,
+                theta + i * (T + 1) * NX, report);
+}

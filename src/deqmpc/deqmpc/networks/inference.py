@@ -91,6 +91,21 @@ class Inference:
             return Answer(np.full((s.horizon + 1, s.n), np.nan), None, 0, float('inf'), False, False)
         return self._path(x_init, tau, centers, radii, z)
 
+    def many(self, x_init: np.ndarray, tau: np.ndarray,
+             z: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """theta (M, T+1, n) and equilibria (M, T, h), None for the NN, of M samples: x_init (M, n), tau (M, T+1, n), z
+        (M, T, h) from before. ValueError for a network that encodes spheres; all NaN where an input is not finite."""
+        s, M = self.settings, len(x_init)
+        if s.spheres:
+            raise ValueError('this network encodes spheres: it takes one sample at a time')
+        x_init, tau = _array('x_init', x_init, (M, s.n)), _array('tau', tau, (M, s.horizon + 1, s.n))
+        if z is not None:
+            z = _array('z', z, (M, s.horizon, s.hidden), np.float32)
+            z = z if np.isfinite(z).all() else None
+        if M == 0 or not (np.isfinite(x_init).all() and np.isfinite(tau).all()):
+            return np.full((M, s.horizon + 1, s.n), np.nan), None
+        return self._path.many(x_init, tau, z)
+
 
 def _array(name, value, shape, dtype=np.float64) -> np.ndarray:
     value = np.ascontiguousarray(value, dtype=dtype)
@@ -117,6 +132,12 @@ class _Torch:
             p = self.network(tensor(x_init), tensor(tau), *spheres, None if z is None else tensor(z).transpose(1, 2))
         return Answer(p.theta[0].double().numpy(), None if p.z is None else p.z[0].T.contiguous().numpy(),
                       int(p.evaluations), float(p.residual), bool(p.converged), bool(p.ok))
+
+    def many(self, x_init, tau, z) -> tuple[np.ndarray, np.ndarray | None]:
+        x_init, tau = torch.from_numpy(x_init), torch.from_numpy(tau)
+        with torch.inference_mode():
+            p = self.network(x_init, tau, z=None if z is None else torch.from_numpy(z).transpose(1, 2))
+        return p.theta.double().numpy(), None if p.z is None else p.z.transpose(1, 2).contiguous().numpy()
 
 
 class _Anderson(ctypes.Structure):
@@ -150,6 +171,10 @@ class _Compiled:
         self._predict.argtypes = [pointer, pointer, pointer, ctypes.c_double, pointer, pointer, pointer, pointer,
                                   ctypes.c_long, pointer, ctypes.c_long, pointer, pointer]
         self._predict.restype = None
+        self._predict_many = self._library.predict_many
+        self._predict_many.argtypes = [pointer, pointer, pointer, ctypes.c_double, ctypes.c_long, pointer, pointer,
+                                       pointer, ctypes.c_long, pointer]
+        self._predict_many.restype = None
 
     def __call__(self, x_init, tau, centers, radii, z) -> Answer:
         s = self.settings
@@ -161,6 +186,15 @@ class _Compiled:
         evaluations, residual, ok = report.tolist()
         return Answer(theta, equilibrium if s.kind == 'deq' else None, int(evaluations), residual,
                       residual <= s.fixed_point.tolerance, bool(ok))
+
+    def many(self, x_init, tau, z) -> tuple[np.ndarray, np.ndarray | None]:
+        s, M = self.settings, len(x_init)
+        equilibrium = np.empty((M, s.horizon, s.hidden), np.float32) if z is None else z.copy()
+        theta = np.empty((M, s.horizon + 1, s.n))
+        self._predict_many(ctypes.addressof(self._network), ctypes.addressof(self._anderson), self._work.ctypes.data,
+                           s.dt, M, x_init.ctypes.data, tau.ctypes.data, equilibrium.ctypes.data, z is not None,
+                           theta.ctypes.data)
+        return theta, equilibrium if s.kind == 'deq' else None
 
 
 def _aligned(size: int) -> np.ndarray:

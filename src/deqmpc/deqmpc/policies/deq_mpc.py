@@ -16,8 +16,13 @@ runs at mu_max. With N = 1 and m = 2 that is the 1e7, 1e8 of the authors' code. 
 its columns belong to knots counted from now, by their time embedding. (Along expert trajectories a fresh network needs
 5.4 evaluations from the last z, 6.9 from a cold start, 9.1 from the shifted z.)
 
+Moving spheres. Given as they are now, with a velocity, they keep it up to the last knot; or, where the model has a
+motion network (deqmpc.networks.obstacle_motion), every i begins with o^i = motion(x_init, spheres, tau^{i-1}, o^{i-1}),
+and both the network and the constraints of MPC-m take o^i. For diff_mpc once, from tau^0.
+
 Gradient. Every iterate carries its implicit gradient at its own penalty (smooth early, sharp late); losses are taken
-on all of them:  sum_i |x^i - x_expert|_1 + 0.1 |theta^i - x_expert|_1.
+on all of them:  sum_i |x^i - x_expert|_1 + 0.1 |theta^i - x_expert|_1 [+ mean_j |o_j^i - o_j,true|_1]. Through the
+constraints the plan's own loss reaches the motion network too.
 """
 
 from __future__ import annotations
@@ -29,9 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from deqmpc.networks.inference import Inference
+from deqmpc.networks.obstacle_motion import Forecaster, Motion, ObstacleMotion, at_knots, constant_velocity
 from deqmpc.networks.temporal import Prediction, TemporalNetwork
 from deqmpc.policies.learned import LearnedPolicy, Step
-from deqmpc.policies.model import settings_of
+from deqmpc.policies.model import Model, settings_of
 from deqmpc.problem import Instances, Problem
 from deqmpc.realtime import solver as realtime
 from deqmpc.solvers import augmented_lagrangian as al
@@ -90,10 +96,11 @@ class WarmStart:
 
     solver: al.WarmStart
     z: Tensor | None  # (B, h, T) equilibrium of the network, where it has one
+    motion: Motion | None = None  # last prediction of the spheres' motion, where there is a network for it
 
     def shifted(self, steps: int = 1) -> WarmStart:
-        """Advanced by `steps` knots, the last knot repeated; the equilibrium stays, see the top of the file."""
-        return WarmStart(self.solver.shifted(steps), self.z)
+        """Advanced by `steps` knots, the last knot repeated; what networks carry stays, see the top of the file."""
+        return replace(self, solver=self.solver.shifted(steps))
 
 
 @dataclass
@@ -105,6 +112,8 @@ class Iterates:
     u: list[Tensor] = field(default_factory=list)  # (B, T, m)
     predictions: list[Prediction] = field(default_factory=list)
     solutions: list[al.Solution] = field(default_factory=list)  # none of a network alone
+    motions: list[Motion] = field(default_factory=list)  # none without a motion network
+    radii: Tensor | None = None  # (B, K) of the spheres of `motions`; 0 where absent
     warm_start: WarmStart | None = None
 
     def usable(self, i: int) -> Tensor:
@@ -118,6 +127,7 @@ class Iterates:
         """How many samples, over all iterates, fell short of what: for logs."""
         return {
             'fixed_point_unconverged': sum(int((p.ok & ~p.converged).sum()) for p in self.predictions),
+            'motion_unconverged': sum(int((m.ok & ~m.converged).sum()) for m in self.motions),
             'network_not_finite': sum(int((~p.ok).sum()) for p in self.predictions),
             'solver_not_finite': sum(int((~torch.isfinite(s.cost)).sum()) for s in self.solutions),
             'no_gradient': sum(int((torch.isfinite(s.cost) & ~s.differentiable).sum()) for s in self.solutions),
@@ -128,7 +138,8 @@ class Iterates:
 class DeqMpc(nn.Module):
     """The joint model. `problem` and `settings` may be exchanged at run time: the weights do not depend on them."""
 
-    def __init__(self, problem: Problem, network: TemporalNetwork, settings: Settings = Settings()):
+    def __init__(self, problem: Problem, network: TemporalNetwork, settings: Settings = Settings(),
+                 motion: ObstacleMotion | None = None):
         super().__init__()
         s = network.settings
         for name, mine, its in (('n', s.n, problem.n), ('horizon', s.horizon, problem.horizon)):
@@ -138,28 +149,37 @@ class DeqMpc(nn.Module):
         if s.spheres and acted_on != list(range(s.spatial)):
             raise ValueError(f'the network measures spheres from the first {s.spatial} numbers of the state, the '
                              f'problem from those at {acted_on}')
-        self.problem, self.network, self.settings = problem, network, settings
+        if motion is not None:
+            motion.check_fits(problem)
+        self.problem, self.network, self.settings, self.motion = problem, network, settings, motion
         self._realtime: realtime.RealtimeSolver | None = None
 
     def forward(self, x_init: Tensor, u_ref: Tensor, centers: Tensor | None = None, radii: Tensor | None = None,
-                warm_start: WarmStart | None = None, iterations: int | None = None) -> Iterates:
-        """Plan for a batch. x_init (B, n); u_ref (B, T, m) inputs that cost nothing; spheres centers (B, K, d) or
-        (B, T+1, K, d), radii (B, K), in the solver's type (float64). `warm_start` is taken as it stands: shift it
+                warm_start: WarmStart | None = None, iterations: int | None = None,
+                velocity: Tensor | None = None) -> Iterates:
+        """Plan for a batch. x_init (B, n); u_ref (B, T, m) inputs that cost nothing; radii (B, K) of spheres whose
+        centers (B, K, d) stand still or, with `velocity` (B, K, d), move (see the top of the file), or are known at
+        every knot, (B, T+1, K, d); all in the solver's type (float64). `warm_start` is taken as it stands: shift it
         first. `iterations` replaces the settings' N. ValueError for wrong shapes, never an error for numbers."""
         s, T = self.settings, self.problem.horizon
         count = iterations or (s.iterations if warm_start is None else s.warm_iterations)
         if s.method == 'diff_mpc':
             count = 1
-        data = self.problem.instances(x_init, x_init.unsqueeze(1).expand(-1, T + 1, -1), u_ref, centers, radii)
+        data = self.problem.instances(x_init, x_init.unsqueeze(1).expand(-1, T + 1, -1), u_ref,
+                                      at_knots(self.problem, centers, velocity), radii)
         settings = s.solver()
         if warm_start is None:
-            start, z = al.cold_start(self.problem, data, settings), None
+            start, z, motion = al.cold_start(self.problem, data, settings), None, None
         else:
-            start, z = self._warm(warm_start, data, settings, count), warm_start.z
+            start, z, motion = self._warm(warm_start, data, settings, count), warm_start.z, warm_start.motion
         tau = start.x
-        made = Iterates()
+        made = Iterates(radii=data.radii)
         for i in range(count):
             look_at = x_init.unsqueeze(1).expand_as(tau) if s.method == 'diff_mpc' else tau
+            if self.motion is not None and velocity is not None:
+                motion = self.motion(x_init, look_at, centers, velocity, data.radii, motion)
+                data = replace(data, centers=motion.centers)
+                made.motions.append(motion)
             prediction = self.network(x_init, look_at, data.centers, data.radii, z)
             aim = replace(data, x_ref=prediction.theta.to(x_init.dtype))
             solution = self._solve(aim, start, settings)
@@ -173,7 +193,7 @@ class DeqMpc(nn.Module):
             if i + 1 < count:
                 start = replace(start, mu=torch.where(solution.converged, start.mu, start.mu * s.gamma).clamp_max(
                     s.mu_max))
-        made.warm_start = WarmStart(start, z)
+        made.warm_start = WarmStart(start, z, None if motion is None else motion.detached())
         return made
 
     def _solve(self, data: Instances, start: al.WarmStart, settings: al.Settings) -> al.Solution:
@@ -210,12 +230,16 @@ class Controller:
     def __init__(self, model: DeqMpc, storage: str = 'float32'):
         self.problem, self.settings = model.problem, model.settings
         self.network = Inference(model.network, storage)
+        self.motion = None if model.motion is None else Forecaster(model.motion, storage)
+        self._times = self.problem.dt * np.arange(self.problem.horizon + 1)
         self._solver = realtime.RealtimeSolver(self.problem, 64, self.settings.solver())
 
     def step(self, x_init: np.ndarray, u_ref: np.ndarray, centers: np.ndarray, radii: np.ndarray,
-             warm_start: Step | None = None, iterations: int | None = None) -> Step:
-        """One control step. x_init (n,), u_ref (T, m), spheres centers (T+1, K, d) and radii (K,). `warm_start` is
-        taken as it stands: shift it first. ValueError for wrong shapes, never an error for numbers."""
+             warm_start: Step | None = None, iterations: int | None = None,
+             velocity: np.ndarray | None = None) -> Step:
+        """One control step. x_init (n,), u_ref (T, m), spheres radii (K,) and centers (T+1, K, d), or (K, d) with
+        `velocity` (K, d). `warm_start` is taken as it stands: shift it first. ValueError for wrong shapes, never an
+        error for numbers."""
         s = self.settings
         count = iterations or (s.iterations if warm_start is None else s.warm_iterations)
         if s.method == 'diff_mpc':
@@ -224,13 +248,21 @@ class Controller:
             self._solver = realtime.RealtimeSolver(self.problem, 2 * len(radii), s.solver())
         standing = np.repeat(x_init[None], self.problem.horizon + 1, axis=0)
         if warm_start is None:
-            start, z = realtime.WarmStart(standing, u_ref), None
+            start, z, motion = realtime.WarmStart(standing, u_ref), None, None
         else:
             x = np.concatenate([x_init[None], warm_start.x[1:]])
             start, z = realtime.WarmStart(x, warm_start.u, mu=s.warm_penalty(count)), warm_start.z
+            motion = warm_start.motion
+        now = centers
+        if velocity is not None:
+            centers = constant_velocity(now, velocity, self._times)
         evaluations = steps = 0
         for i in range(count):
-            answer = self.network(x_init, standing if s.method == 'diff_mpc' else start.x, centers, radii, z)
+            look_at = standing if s.method == 'diff_mpc' else start.x
+            if self.motion is not None and velocity is not None:
+                motion = self.motion(x_init, look_at, now, velocity, radii, motion)
+                centers = motion.centers
+            answer = self.network(x_init, look_at, centers, radii, z)
             solution = self._solver.solve(x_init, answer.theta, u_ref, centers, radii, start)
             evaluations, steps, z = evaluations + answer.evaluations, steps + solution.steps, answer.z
             if not (answer.ok and np.isfinite(solution.x).all()):
@@ -240,7 +272,7 @@ class Controller:
             if i + 1 < count and solution.status is not al.Status.CONVERGED:
                 start = start._replace(mu=min(start.mu * s.gamma, s.mu_max))
         return Step(solution.x, solution.u, z, answer.theta, solution.status.value, steps, evaluations,
-                    solution.defect, solution.violation)
+                    solution.defect, solution.violation, motion)
 
 
 class DeqMpcPolicy(LearnedPolicy):
@@ -248,17 +280,24 @@ class DeqMpcPolicy(LearnedPolicy):
 
     name = 'deq_mpc'
 
-    def _controller(self, network: TemporalNetwork, problem: Problem, method: dict) -> Controller:
+    def _controller(self, made: Model, problem: Problem) -> Controller:
         given = self.settings
-        own = settings_of(Settings, method, f'{given.model}: method')
+        own = settings_of(Settings, made.method, f'{given.model}: method')
         changed = {name: value for name in ('iterations', 'warm_iterations') if (value := getattr(given, name))}
-        return Controller(DeqMpc(problem, network, replace(own, **changed)), given.storage)
+        return Controller(DeqMpc(problem, made.network, replace(own, **changed), made.motion), given.storage)
 
 
-def imitation_loss(iterates: Iterates, x_expert: Tensor, network_share: float = 0.1) -> tuple[Tensor, int]:
+def imitation_loss(iterates: Iterates, x_expert: Tensor, network_share: float = 0.1, centers: Tensor | None = None,
+                   motion_share: float = 1.0) -> tuple[Tensor, int]:
     """Mean over samples of sum_i |x^i - x_expert|_1 + network_share |theta^i - x_expert|_1 (sums over knots and
     states), x_expert (B, T+1, n), and how many (sample, iterate) pairs were left out because they are not finite or
-    have no gradient."""
+    have no gradient.
+
+    Where the iterates predict motion, `centers` (B, T+1, K, d) says where the spheres will be, and motion_share times
+    the mean over present spheres of |o^i - centers|_1 (sum over knots and coordinates, m) is added: with 1, the spheres
+    together count like the drone's position."""
+    if iterates.motions and centers is None:
+        raise ValueError('these iterates predict the motion of spheres: their true centers must be given')
     total, left_out = x_expert.new_zeros(()), 0
     for i, (x, theta) in enumerate(zip(iterates.x, iterates.theta, strict=True)):
         usable = iterates.usable(i)
@@ -269,4 +308,13 @@ def imitation_loss(iterates: Iterates, x_expert: Tensor, network_share: float = 
         else:
             target = x_expert
         total = total + ((x - target).abs().sum() + network_share * (theta.to(target) - target).abs().sum())
+        if iterates.motions:
+            total = total + motion_share * _motion_error(iterates.motions[i], centers, iterates.radii)[rows].sum()
     return total / x_expert.shape[0], left_out
+
+
+def _motion_error(motion: Motion, centers: Tensor, radii: Tensor) -> Tensor:
+    """(B,) mean over the spheres that are there of the L1 error of their predicted centres."""
+    there = (radii > 0) & motion.ok
+    error = torch.where(there[:, None, :, None], motion.centers - centers, 0.0).abs().sum(dim=(1, 2, 3))
+    return error / there.sum(dim=1).clamp_min(1)

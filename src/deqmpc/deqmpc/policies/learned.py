@@ -2,7 +2,8 @@
 
 The model lives in the goal's frame: origin at the goal, turned by the goal's yaw about z, so that x = 0 is hovering
 there. Its dynamics are those of the Crazyflie (deqmpc.dynamics.crazyflie), its inputs thrusts over hover thrust.
-Spheres keep their velocity up to the last knot; every radius grows by `margin`.
+Spheres keep their velocity up to the last knot, or move as the model's motion network says, where it has one
+(deqmpc.networks.obstacle_motion); every radius grows by `margin`.
 
 A warm start is the last plan, shifted by the knots that have passed since; where it does not fit the new state (a jump,
 another set of MRPs, too long ago) the call starts cold.
@@ -19,7 +20,7 @@ import numpy as np
 from deqmpc.airframe import Airframe
 from deqmpc.dynamics import rotation
 from deqmpc.dynamics.crazyflie import Crazyflie
-from deqmpc.networks.temporal import TemporalNetwork
+from deqmpc.networks.obstacle_motion import Forecast
 from deqmpc.policies import model
 from deqmpc.policies.base import PolicyStatus, check_shapes, refused, settings_from
 from deqmpc.problem import Problem
@@ -86,9 +87,10 @@ class Step:
     evaluations: int  # of the network's cell
     defect: float  # largest violation of the dynamics
     violation: float  # largest violation of a bound or sphere
+    motion: Forecast | None = None  # last prediction of the spheres' motion, where there is a network for it
 
     def shifted(self, steps: int) -> Step:
-        """Advanced by `steps` knots, the last knot repeated; the equilibrium stays (deqmpc.policies.deq_mpc)."""
+        """Advanced by `steps` knots, the last knot repeated; what networks carry stays (deqmpc.policies.deq_mpc)."""
         def shift(v):
             return np.concatenate([v[steps:], np.repeat(v[-1:], min(steps, len(v)), axis=0)])
         return replace(self, x=shift(self.x), u=shift(self.u), theta=shift(self.theta))
@@ -98,7 +100,8 @@ class StepController(Protocol):
     """A one-sample controller, such as deqmpc.policies.deq_mpc.Controller."""
 
     def step(self, x_init: np.ndarray, u_ref: np.ndarray, centers: np.ndarray, radii: np.ndarray,
-             warm_start: Step | None = None, iterations: int | None = None) -> Step:
+             warm_start: Step | None = None, iterations: int | None = None,
+             velocity: np.ndarray | None = None) -> Step:
         """One control step."""
 
 
@@ -126,14 +129,14 @@ class LearnedPolicy:
         frame = Airframe.load(s.airframe) if s.airframe else Airframe()
         problem = model.settings_of(CrazyflieProblem, made.problem, f'{s.model}: problem')
         self.problem = problem.build(frame, self.dt, self.horizon, s.floor - s.goal[2])
-        self.controller = self._controller(made.network, self.problem, made.method)
+        self.controller = self._controller(made, self.problem)
         self._unturn = rotation.from_yaw(s.goal[3])  # from the goal's frame to the world
         self._turn = rotation.rotate(self._unturn, np.eye(3))  # rows: the turned axes; world to goal's frame
         self._goal = np.array(s.goal[:3])
         self._u_ref = np.ones((self.horizon, Crazyflie.m))
 
     @abstractmethod
-    def _controller(self, network: TemporalNetwork, problem: Problem, method: dict[str, Any]) -> StepController:
+    def _controller(self, made: model.Model, problem: Problem) -> StepController:
         """The controller of this policy for a loaded model."""
 
     @classmethod
@@ -156,10 +159,11 @@ class LearnedPolicy:
             return refused('an obstacle is not finite')
         x_init = self._state(state)
         times = self.dt * np.arange(self.horizon + 1)
-        ahead = (state.stamp + times - obstacles.stamp if obstacles.velocity.any() else 0.0 * times)[:, None, None]
-        centers = (obstacles.position + ahead * obstacles.velocity - self._goal) @ self._turn.T  # (T+1, K, 3)
+        age = state.stamp - obstacles.stamp if obstacles.velocity.any() else 0.0  # s
+        centers = (obstacles.position + age * obstacles.velocity - self._goal) @ self._turn.T  # (K, 3) now
         step = self.controller.step(x_init, self._u_ref, centers, obstacles.radius + self.settings.margin,
-                                    self._shifted(state.stamp, x_init, warm_start))
+                                    self._shifted(state.stamp, x_init, warm_start),
+                                    velocity=obstacles.velocity @ self._turn.T)
         if not (np.isfinite(step.x).all() and np.isfinite(step.u).all()):  # cannot be flown nor seed the next call
             return None, None, PolicyStatus(False, step.message, step.steps, float('nan'))
         residual = max(step.defect, self._input_violation(step.u))
