@@ -65,10 +65,12 @@ def measure(seconds: float, rate: float, given: dict[str, str]) -> dict:
         params = Path(folder) / 'rate.yaml'
         params.write_text(yaml.safe_dump({'/**': {'policy': {'ros__parameters': {'rate': rate}}}}))
         processes = Processes()
+        stolen = steal()
         processes.start()
         status, run_dir = fly('sim', {'run_dir': f'{folder}/run', 'params': str(params), **given},
                               seconds + START_UP, sys.stderr)
         processes.stop()
+        stolen = steal() - stolen
         if status != 124 and given.get('trial') != 'true':
             raise RuntimeError(f'the graph ended by itself with exit status {status}')
         reports = [d for _, _, _, m in read_bag(run_dir / 'bag', [interface.DIAGNOSTICS.name])
@@ -81,7 +83,12 @@ def measure(seconds: float, rate: float, given: dict[str, str]) -> dict:
                            f'{ticks[-1].values["gate"] if ticks else "nothing"}')
     return {**summary(ticks[first:], rate, processes.samples),
             'simulator_lag_ms': max(float(v['lag_ms']) for v in simulator),
-            'simulator_slips': int(simulator[-1]['slips'])}
+            'simulator_slips': int(simulator[-1]['slips']), 'stolen_s': stolen}
+
+
+def steal() -> float:
+    """Seconds that this machine, if virtual, wanted to run and its host did not let it; all processors, since boot."""
+    return int(Path('/proc/stat').read_text().split()[8]) / TICKS_A_SECOND
 
 
 def summary(ticks: list[interface.Diagnostic], rate: float, samples: dict) -> dict:
@@ -117,7 +124,7 @@ def main() -> int:
     print(f'\n{row["rate_hz"]:g} Hz for {row["seconds"]:.1f} s: {row["ticks"]} ticks of {row["due"]} due, '
           f'{row["missed"]} missed, {row["refused"]} without a plan, {row["recorded"]} recorded; '
           f'simulator at most {row["simulator_lag_ms"]:.1f} ms late, {row["simulator_slips"]} slips; '
-          f'load {row["load"]:.1f}')
+          f'load {row["load"]:.1f}, {row["stolen_s"]:.2f} s of processor time stolen by the host')
     print(f'{"ms":24}{"median":>9}{"99 %":>9}{"99.9 %":>9}{"max":>9}')
     for key, name in (('tick_ms', 'tick to plan'), ('solve_ms', 'policy call'), ('latency_ms', 'odometry to plan')):
         print(f'{name:24}' + ''.join(f'{row[key][k]:9.2f}' for k in ('median', 'p99', 'p999', 'max')))

@@ -34,6 +34,7 @@ class Settings:
     max_speed: float = parameter(2.0, 'fastest planned speed that is flown (m/s)', 0.1, 10.0)
     min_clearance: float = parameter(0.0, 'least planned distance to a sphere\'s surface (m)', -1.0, 1.0)
     threads: int = parameter(1, 'threads of the linear algebra library', 1, 64)
+    priority: int = parameter(20, 'real-time priority (SCHED_FIFO) where the system permits it; 0: none', 0, 99)
 
 
 def policy_from(settings: Settings, where: str):
@@ -81,11 +82,13 @@ class PolicyNode(Node):
         self._name = self._loop.policy.name
         warm = self._loop.warm_up()
         self._plan = publisher(self, interface.PLAN, self._robot)
+        self._message = interface.PlanMessage(TYPES, self._robot)
         self._diagnostics = publisher(self, interface.DIAGNOSTICS, self._robot)
         subscription(self, interface.ODOM, self._robot,
                      lambda msg: self._loop.on_odometry(interface.read_odometry(msg)))
         subscription(self, interface.OBSTACLES, self._robot, self._on_obstacles)
         self._refusal = ''
+        self.priority = s.priority  # read by run()
         self.create_timer(1.0 / s.rate, self._tick)
         self.get_logger().info(f'{self._name}: {1e3 * warm:.1f} ms a plan when warm, '
                                f'{s.rate:g} Hz, goal {s.goal}')
@@ -99,7 +102,7 @@ class PolicyNode(Node):
     def _tick(self):
         tick = self._loop.tick(now(self))
         if tick.plan is not None:
-            self._plan.publish(interface.plan_message(TYPES, tick.plan, self._robot))
+            self._plan.publish(self._message.filled(tick.plan))
         stamp = now(self)
         latency = stamp - self._loop.state.stamp if self._loop.state is not None else float('nan')
         level = interface.OK if tick.gate == ACCEPTED else interface.WARN

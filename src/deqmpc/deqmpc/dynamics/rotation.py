@@ -22,8 +22,8 @@ def normalize(q: np.ndarray) -> np.ndarray:
 def rotate(q: np.ndarray, v: np.ndarray) -> np.ndarray:
     """v (..., 3) in the body frame expressed in the world frame, for unit q (..., 4)."""
     u, w = q[..., :3], q[..., 3:]
-    t = 2.0 * np.cross(u, v)
-    return v + w * t + np.cross(u, t)
+    t = 2.0 * _cross(u, v)
+    return v + w * t + _cross(u, t)
 
 
 def conjugate(q: np.ndarray) -> np.ndarray:
@@ -34,7 +34,7 @@ def conjugate(q: np.ndarray) -> np.ndarray:
 def multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Hamilton product a*b (..., 4): first b, then a."""
     av, aw, bv, bw = a[..., :3], a[..., 3:], b[..., :3], b[..., 3:]
-    v = aw * bv + bw * av + np.cross(av, bv)
+    v = aw * bv + bw * av + _cross(av, bv)
     w = aw * bw - np.sum(av * bv, axis=-1, keepdims=True)
     return np.concatenate([v, w], axis=-1)
 
@@ -68,3 +68,11 @@ def quaternion_from_mrp(m: np.ndarray) -> np.ndarray:
     """Unit quaternion (..., 4) of an MRP (..., 3) of any set."""
     s = np.sum(m * m, axis=-1, keepdims=True)
     return np.concatenate([2.0 * m, 1.0 - s], axis=-1) / (1.0 + s)
+
+
+_NEXT, _LAST = np.array([1, 2, 0]), np.array([2, 0, 1])
+
+
+def _cross(a, b):
+    """np.cross, which takes 3 to 6 times as long on a few vectors."""
+    return a.take(_NEXT, -1) * b.take(_LAST, -1) - a.take(_LAST, -1) * b.take(_NEXT, -1)

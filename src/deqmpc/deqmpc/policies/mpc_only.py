@@ -19,6 +19,7 @@ exactly on the line.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,18 +158,19 @@ class MpcOnly:
     def _reference(self, x, yaw, centers, radii) -> np.ndarray:
         """(T+1, 12): from the drone towards the goal, around what stands in the way."""
         s = self.settings
-        ref = np.zeros((self.horizon + 1, 12))
         to_goal = self._goal - x[:3]
         distance = float(np.linalg.norm(to_goal))
         direction = to_goal / distance if distance > 1e-9 else np.zeros(3)
         if distance > 1e-3:
             direction = self._free_direction(x[:3], direction, min(s.lookahead, distance), centers, radii)
-        left, p = distance, x[:3].copy()
-        for t in range(self.horizon + 1):
-            speed = min(s.cruise_speed, np.sqrt(2.0 * s.slow_down * left))
-            ref[t, :3], ref[t, 6:9] = p, speed * direction
-            step = min(speed * self.dt, left)
-            p, left = p + step * direction, left - step
+        left, way, speeds = distance, [], []
+        for _ in range(self.horizon + 1):
+            speed = min(s.cruise_speed, math.sqrt(2.0 * s.slow_down * left))
+            way.append(distance - left)
+            speeds.append(speed)
+            left -= min(speed * self.dt, left)
+        ref = np.zeros((self.horizon + 1, 12))
+        ref[:, :3], ref[:, 6:9] = x[:3] + np.outer(way, direction), np.outer(speeds, direction)
         heading = np.sign(yaw) * np.maximum(abs(yaw) - s.yaw_rate * self.dt * np.arange(self.horizon + 1), 0.0)
         ref[:, 5], ref[:, 11] = np.tan(heading / 4.0), -np.sign(heading) * s.yaw_rate
         return ref
@@ -180,8 +182,9 @@ class MpcOnly:
             return direction
         fan = self._fan @ _frame_along(direction).T  # (F, 3), by increasing deflection
         offset = centers[0] - p  # (K, 3)
-        along = np.clip(fan @ offset.T, 0.0, length)  # (F, K)
-        squared = (offset ** 2).sum(1) + along * (along - 2.0 * (fan @ offset.T))
+        ahead = fan @ offset.T  # (F, K)
+        along = np.minimum(np.maximum(ahead, 0.0), length)
+        squared = (offset ** 2).sum(1) + along * (along - 2.0 * ahead)
         nearest = np.sqrt(np.maximum(squared, 0.0))
         # a sphere whose margin we are in already only blocks the rays that lead farther into it
         needed = np.minimum(radii, np.linalg.norm(offset, axis=1) - 1e-6)
@@ -214,7 +217,7 @@ class MpcOnly:
         rate = np.stack(self.problem.equations.derivative(x.T, np.vstack([u, u[-1:]]).T)[6:9], axis=-1)
         quaternion = rotation.multiply(self._unturn, rotation.quaternion_from_mrp(x[:, 3:6]))
         return Plan(stamp=state.stamp, time_from_start=times, position=x[:, :3] @ back.T,
-                    quaternion=rotation.normalize(quaternion), velocity=x[:, 6:9] @ back.T,
+                    quaternion=quaternion, velocity=x[:, 6:9] @ back.T,
                     rates=x[:, 9:12].copy(), acceleration=rate @ back.T)
 
 
@@ -242,7 +245,7 @@ def _fan() -> np.ndarray:
 
 def _frame_along(direction: np.ndarray) -> np.ndarray:
     """(3, 3) rotation whose first column is the unit vector `direction`; the second is level."""
-    side = np.cross([0.0, 0.0, 1.0], direction)
-    norm = np.linalg.norm(side)
-    side = side / norm if norm > 1e-6 else np.array([0.0, 1.0, 0.0])
-    return np.stack([direction, side, np.cross(direction, side)], axis=1)
+    x, y, z = direction.tolist()
+    norm = math.hypot(x, y)
+    side = (-y / norm, x / norm) if norm > 1e-6 else (0.0, 1.0)
+    return np.array([[x, side[0], -z * side[1]], [y, side[1], z * side[0]], [z, 0.0, x * side[1] - y * side[0]]])
