@@ -148,6 +148,20 @@ def test_a_sample_that_is_not_finite_leaves_the_others_bit_equal(name):
 
 
 @needs_compiler
+@pytest.mark.parametrize('settings', [TWO, al.Settings(), Settings()], ids=['fixed', 'to tolerance', 'interior point'])
+def test_a_sample_of_huge_numbers_leaves_the_others_bit_equal(settings):
+    """Its overflow must not stay in the working memory that the next samples use."""
+    p = problem()
+    solver, data = RealtimeSolver(p, K, settings), instances(p, B=10)
+    expected = RealtimeSolver(p, K, settings).solve_batch(data)
+    for scale in (1e30, 1e200, 1e308):
+        huge = dataclasses.replace(data, x_init=data.x_init.clone())
+        huge.x_init[::2] *= scale
+        found = solver.solve_batch(huge)
+        assert torch.equal(found.x[1::2], expected.x[1::2]) and torch.equal(found.cost[1::2], expected.cost[1::2])
+
+
+@needs_compiler
 def test_the_number_of_threads_changes_no_bit():
     p = problem()
     solver = RealtimeSolver(p, K, TWO)
