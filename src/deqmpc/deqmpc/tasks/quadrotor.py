@@ -38,6 +38,7 @@ class Quadrotor(Task):
     spheres: int = 0
     radius: float = 0.0
     u_high: float = U_HIGH  # motor command, the thrust limit
+    velocity_weight: float = 1.0  # Q of v and w in the tracking problem; 10 for r and m
     shadow: bool = False  # starts in the set of MRPs that the released trajectories start in
 
     @property
@@ -47,8 +48,8 @@ class Quadrotor(Task):
 
     def problem(self, horizon: int | None = None) -> Problem:
         """Tracking with the task's weights."""
-        return Problem(self.equations, self.dt, horizon or self.horizon, Q=_Q, R=[1e-8] * 4, u_low=[U_LOW] * 4,
-                       u_high=[self.u_high] * 4)
+        return Problem(self.equations, self.dt, horizon or self.horizon, Q=[10.0] * 6 + [self.velocity_weight] * 6,
+                       R=[1e-8] * 4, u_low=[U_LOW] * 4, u_high=[self.u_high] * 4)
 
     @property
     def u_ref(self) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from deqmpc import datasets
 from deqmpc.datasets import Demonstrations, Windows
+from deqmpc.networks.obstacle_motion import ObstacleMotion, settings_for
 from deqmpc.networks.temporal import TemporalNetwork
 from deqmpc.policies.deq_mpc import DeqMpc, Iterates, imitation_loss
 from deqmpc.policies.deq_mpc import Settings as Method
@@ -66,16 +67,18 @@ class Settings:
             1.0 + math.cos(math.pi * step / self.steps)))
 
 
-def build_model(task: Task, variant: str, hidden: int, scale: tuple[float, ...] = (), **method) -> nn.Module:
-    """An untrained model: `variant` of VARIANTS, `hidden` channels, states divided by `scale`; `method` changes
-    the settings of DEQ-MPC. ValueError names what cannot be used."""
+def build_model(task: Task, variant: str, hidden: int, scale: tuple[float, ...] = (), motion: bool = False,
+                **method) -> nn.Module:
+    """An untrained model: `variant` of VARIANTS, `hidden` channels, states divided by `scale`, with a network for the
+    spheres' `motion` or without; `method` changes the settings of DEQ-MPC. ValueError names what cannot be used."""
     if variant not in VARIANTS:
         raise ValueError(f'policy {variant!r}; expected one of {", ".join(VARIANTS)}')
     how, kind = VARIANTS[variant]
     network = TemporalNetwork(task.network(kind, hidden, state_scale=tuple(scale)))
+    predictor = ObstacleMotion(settings_for(network.settings)) if motion else None
     if how is None:
-        return NetworkOnly(task.problem(), network)
-    return DeqMpc(task.problem(), network, Method(**{'method': how, 'softness': task.softness, **method}))
+        return NetworkOnly(task.problem(), network, predictor)
+    return DeqMpc(task.problem(), network, Method(**{'method': how, 'softness': task.softness, **method}), predictor)
 
 
 def state_scale(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray) -> tuple[float, ...]:
@@ -87,23 +90,33 @@ def state_scale(demonstrations: Demonstrations, task: Task, trajectories: np.nda
     return tuple(float(f'{v:.3g}') for v in rms.tolist())
 
 
+def parts(demonstrations: Demonstrations, settings: Settings, count: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Trajectories that train and that validate. With `count` only so many train: a larger count has those of a
+    smaller one too, and the same ones validate. ValueError where there are fewer."""
+    train, valid = datasets.split(demonstrations, settings.split_seed)
+    if not 0 <= count <= len(train):
+        raise ValueError(f'trajectories = {count}; expected 1 to {len(train)}, or 0 for all of them')
+    if count:
+        train = np.sort(np.random.default_rng(settings.split_seed).permutation(train)[:count])
+    return train, valid
+
+
 class Streaming:
     """Plans along windows: cold at the first state, warm-started at the L that follow."""
 
     def __init__(self, model: nn.Module, task: Task, windows: Windows, streaming: int):
         self.model, self.task, self.windows, self.streaming = model, task, windows, streaming
-        self.times = task.dt * torch.arange(task.horizon + 1, dtype=torch.float64, device=windows.x.device)
 
-    def __iter__(self) -> Iterator[tuple[Iterates, Tensor]]:
-        """The plan at every state, and the expert's states at its knots."""
+    def __iter__(self) -> Iterator[tuple[Iterates, Tensor, Tensor]]:
+        """The plan at every state, the expert's states at its knots, and where the spheres were."""
         w, T, warm = self.windows, self.task.horizon, None
         u_ref = self.task.u_ref.to(w.x).expand(len(w.x), T, -1)
         radii = torch.where(w.radii > 0, w.radii + self.task.margin, 0.0)
         for s in range(1 + self.streaming):
             seen = w.spheres(s)
-            made = self.model(w.x[:, s], u_ref, seen.ahead(self.times), radii, warm_start=warm)
+            made = self.model(w.x[:, s], u_ref, seen.centers, radii, warm_start=warm, velocity=seen.velocity)
             warm = None if made.warm_start is None else made.warm_start.shifted()
-            yield made, w.x[:, s:s + T + 1]
+            yield made, w.x[:, s:s + T + 1], w.centers[:, s:s + T + 1]
 
 
 @dataclass
@@ -134,11 +147,11 @@ class Trainer:
     """A model, its optimiser and its data. `step` does one step; all randomness comes from the settings' seed."""
 
     def __init__(self, task: Task, model: nn.Module, demonstrations: Demonstrations, settings: Settings = Settings(),
-                 device: str = 'cpu'):
+                 device: str = 'cpu', trajectories: int = 0):
         self.task, self.model, self.demonstrations, self.settings = task, model, demonstrations, settings
         self.device = torch.device(device)
         model.to(self.device)
-        self.train, self.valid = datasets.split(demonstrations, settings.split_seed)
+        self.train, self.valid = parts(demonstrations, settings, trajectories)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.done = 0  # steps
@@ -155,8 +168,8 @@ class Trainer:
         s = self.settings
         w = self.windows(*(v[share] for v in datasets.draw(self.demonstrations, self.train, s.batch, self.generator)))
         report, loss = Report(), 0.0
-        for made, target in Streaming(self.model, self.task, w, s.streaming):
-            part, left_out = imitation_loss(made, target, s.network_share)
+        for made, target, centers in Streaming(self.model, self.task, w, s.streaming):
+            part, left_out = imitation_loss(made, target, s.network_share, centers)
             loss = loss + part
             report.left_out += left_out
             report.add(made, target, streamed=report.counts is not None, plans=max(s.streaming, 1))
@@ -180,7 +193,7 @@ class Trainer:
         """Errors over `count` windows of the validation trajectories, the same ones at every call."""
         trajectories, first = datasets.draw(self.demonstrations, self.valid, count, torch.Generator().manual_seed(0))
         report = Report()
-        for made, target in Streaming(self.model, self.task, self.windows(trajectories, first),
-                                      self.settings.streaming):
+        for made, target, _ in Streaming(self.model, self.task, self.windows(trajectories, first),
+                                         self.settings.streaming):
             report.add(made, target, streamed=report.counts is not None, plans=max(self.settings.streaming, 1))
         return report

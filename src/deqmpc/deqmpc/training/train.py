@@ -29,7 +29,7 @@ from deqmpc import datasets, tasks
 from deqmpc.policies import model as model_folder
 from deqmpc.policies.deq_mpc import DeqMpc, Iterates
 from deqmpc.training import checkpoint
-from deqmpc.training.imitation import VARIANTS, Report, Settings, Trainer, build_model, state_scale
+from deqmpc.training.imitation import VARIANTS, Report, Settings, Trainer, build_model, parts, state_scale
 
 _COLUMNS = ('step', 'loss', 'cold', 'streamed', 'gradient_norm', 'learning_rate', 'valid_cold', 'valid_streamed',
             'left_out', 'skipped', *Iterates().counts(), 'cpu_s')
@@ -37,7 +37,7 @@ _COLUMNS = ('step', 'loss', 'cold', 'streamed', 'gradient_norm', 'learning_rate'
 
 def main(argv: list[str] | None = None) -> int:
     """Train a policy by imitation of demonstrations."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     torch.set_num_threads(arguments.threads)
     ranks = int(os.environ.get('WORLD_SIZE', '1'))
     try:
@@ -49,20 +49,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line; `run` takes what it parses."""
     p = argparse.ArgumentParser(prog='deqmpc train', description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('task', choices=sorted(tasks.TASKS))
     p.add_argument('--policy', choices=sorted(VARIANTS), default='deq_mpc_deq')
     p.add_argument('--demonstrations', type=Path, help='default: runs/experts/TASK.npz')
-    p.add_argument('--trajectories', type=int, default=0, help='use this many of them only (0: all)')
+    p.add_argument('--trajectories', type=int, default=0,
+                   help='train on so many of them only (0: all but those that validate, which stay the same)')
     p.add_argument('--hidden', type=int, default=128, help='channels of the network')
     for field, kind in (('steps', int), ('batch', int), ('streaming', int), ('learning_rate', float),
                         ('decay', float), ('clip_norm', float), ('seed', int), ('split_seed', int)):
         default = getattr(Settings, field)
         p.add_argument(f'--{field.replace("_", "-")}', type=kind, default=default, help=f'default {default}')
+    p.add_argument('--motion', action='store_true', help="predict the spheres' motion by a second network")
     p.add_argument('--method', metavar='NAME=VALUE', action='append', default=[],
                    help='a number of the method, e.g. iterations=3 (deqmpc.policies.deq_mpc.Settings)')
+    p.add_argument('--change', metavar='NAME=VALUE', action='append', default=[],
+                   help='a number of the task, e.g. horizon=8')
     p.add_argument('--out', type=Path, help='default: runs/train/TASK/POLICY-hHIDDEN-sSEED')
     p.add_argument('--restart', action='store_true', help='throw a checkpoint in --out away')
     p.add_argument('--smoke', action='store_true', help='20 steps of 16 windows with 32 channels')
@@ -85,20 +90,21 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
         raise ValueError(f'batch = {a.batch}; expected a multiple of the {ranks} processes')
     names = [f.name for f in dataclasses.fields(Settings) if f.name != 'network_share']
     settings = Settings(**{name: getattr(a, name) for name in names})
-    task = tasks.make(a.task)
+    task = tasks.make(a.task, **_numbers(a.change, '--change'))
     path = a.demonstrations or Path('runs/experts') / f'{a.task}.npz'
     demonstrations = datasets.load(path)
-    if a.trajectories:
-        demonstrations = datasets.take(demonstrations, a.trajectories)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    about = {'task': a.task, 'policy': a.policy, 'hidden': a.hidden, 'trajectories': len(demonstrations.lengths),
-             'demonstrations_sha256': digest, 'method': a.method, 'bfloat16': a.bfloat16,
-             **dataclasses.asdict(settings)}
+    about = {'task': a.task, 'policy': a.policy, 'hidden': a.hidden,
+             'trajectories': a.trajectories or len(demonstrations.lengths), 'demonstrations_sha256': digest,
+             'method': a.method, 'motion': a.motion,
+             'bfloat16': a.bfloat16,
+             **({'change': a.change} if a.change else {}), **dataclasses.asdict(settings)}
     torch.manual_seed(settings.seed)
-    train, _ = datasets.split(demonstrations, settings.split_seed)
-    model = build_model(task, a.policy, a.hidden, state_scale(demonstrations, task, train), **_numbers(a.method))
+    train, _ = parts(demonstrations, settings, a.trajectories)
+    model = build_model(task, a.policy, a.hidden, state_scale(demonstrations, task, train),
+                        **_numbers(a.method, '--method'))
     model.network.bfloat16 = a.bfloat16
-    trainer = Trainer(task, model, demonstrations, settings, device)
+    trainer = Trainer(task, model, demonstrations, settings, device, a.trajectories)
     folder = a.out or Path('runs/train') / a.task / f'{a.policy}-h{a.hidden}-s{a.seed}'
     folder.mkdir(parents=True, exist_ok=True)
     if a.restart and ranks == 1:
@@ -113,7 +119,8 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
                                                      if not isinstance(v, list)}},
             'validation': {'windows': 500, 'cold': round(found.cold, 4), 'streamed': round(found.streamed, 4)}}
     method = {} if not isinstance(model, DeqMpc) else dataclasses.asdict(model.settings)
-    model_folder.save(folder / 'model', model_folder.Model(model.network, method, task.flight_problem, card))
+    model_folder.save(folder / 'model', model_folder.Model(model.network, method, task.flight_problem, card,
+                                                            model.motion))
     print(f'{folder / "model"}: validation error {found.cold:.3f} cold, {found.streamed:.3f} streamed')
     return folder / 'model'
 
@@ -187,7 +194,7 @@ class _Metrics:
                     self.board.add_scalar(name, value, trainer.done)
 
 
-def _numbers(given: list[str]) -> dict[str, float | int | bool]:
+def _numbers(given: list[str], option: str) -> dict[str, float | int | bool]:
     """NAME=VALUE texts as a mapping."""
     made: dict[str, float | int | bool] = {}
     for text in given:
@@ -196,7 +203,7 @@ def _numbers(given: list[str]) -> dict[str, float | int | bool]:
             made[name] = {'true': True, 'false': False}[value] if value in ('true', 'false') else (
                 int(value) if value.lstrip('-').isdigit() else float(value))
         except ValueError:
-            raise ValueError(f'--method {text!r}; expected NAME=NUMBER') from None
+            raise ValueError(f'{option} {text!r}; expected NAME=NUMBER') from None
     return made
 
 
