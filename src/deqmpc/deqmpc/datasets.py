@@ -93,10 +93,10 @@ def save(path: str | Path, demonstrations: Demonstrations) -> None:
 def split(demonstrations: Demonstrations, seed: int, share: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
     """Trajectories to train on and to validate on, by a permutation from `seed`."""
     order = np.random.default_rng(seed).permutation(len(demonstrations.lengths))
-    count = int(round(share * len(order)))
-    if not 0 < count < len(order):
-        raise ValueError(f'{len(order)} trajectories cannot be split with share = {share}; expected both parts to '
-                         f'have some')
+    if len(order) < 2 or not 0.0 < share < 1.0:
+        raise ValueError(f'{len(order)} trajectories cannot be split with share = {share}; expected at least 2, and a '
+                         f'share between 0 and 1')
+    count = min(max(round(share * len(order)), 1), len(order) - 1)
     return np.sort(order[:count]), np.sort(order[count:])
 
 

@@ -55,7 +55,7 @@ def test_streaming_plans_start_at_consecutive_states_of_the_window_and_are_warm_
     w = t.windows(np.array([0, 1]), np.array([0, 3]))
     plans = list(Streaming(t.model, TASK, w, 2))
     assert len(plans) == 3
-    for s, (made, target) in enumerate(plans):
+    for s, (made, target, _) in enumerate(plans):
         assert torch.equal(target, w.x[:, s:s + 6])
         assert torch.allclose(made.x[-1][:, 0], w.x[:, s], atol=1e-3)
         assert len(made.x) == (6 if s == 0 else 1)
@@ -70,6 +70,29 @@ def test_a_short_run_lowers_the_validation_error_of_every_variant(variant):
         assert math.isfinite(report.loss) and report.skipped == 0
     after = t.validate(50)
     assert after.cold < 0.9 * before.cold and after.streamed < 0.9 * before.streamed
+
+
+def test_a_model_with_a_motion_network_learns_a_motion_that_velocity_does_not_tell():
+    """Spheres that speed up: what the velocity alone predicts is short."""
+    task = tasks.make('crazyflie_obs', spheres=3)
+    steps, at = 30, 0.1 * torch.arange(30, dtype=torch.float64)[:, None, None]
+    start, push = torch.tensor([[[1.0, 1, 1], [1, -1, 1], [-1, 1, 1]]]).double(), torch.tensor([0.0, 0.0, 0.6]).double()
+    centers, velocity = start + 0.5 * at**2 * push, (at * push).expand(steps, 3, 3)
+    d = Demonstrations(np.zeros((2 * steps, 12)), np.ones((2 * steps, 4)), np.full(2, steps),
+                       np.concatenate([centers.numpy()] * 2), np.concatenate([velocity.numpy()] * 2),
+                       np.full((2, 3), 0.1))
+    torch.manual_seed(0)
+    t = Trainer(task, build_model(task, 'deq_mpc_nn', 16, motion=True), d, Settings(steps=40, batch=8, decay=1.0))
+
+    def error():
+        w = t.windows(np.array([0]), np.array([10]))
+        made, _, true = next(iter(Streaming(t.model, task, w, 0)))
+        return float((made.motions[-1].centers - true).abs().max().detach())
+    before = error()
+    assert before == pytest.approx(0.5 * 0.6 * 0.5**2, rel=1e-3)  # constant velocity misses a/2 t^2
+    for _ in range(40):
+        t.step()
+    assert error() < 0.6 * before
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_weights_bit_for_bit(tmp_path):
