@@ -12,6 +12,8 @@ from deqmpc.dynamics import equations
 from deqmpc.dynamics.cartpole import Cartpole
 from deqmpc.dynamics.integrators import RK4, kind_of
 from deqmpc.dynamics.pendulum import Pendulum
+from deqmpc.dynamics.quadrotor_pole import QuadrotorPole
+from deqmpc.dynamics.rotation import quaternion_from_mrp, rotate
 from deqmpc.problem import Problem
 from deqmpc.realtime import build, codegen
 from deqmpc.realtime.solver import RealtimeSolver, Settings
@@ -19,7 +21,7 @@ from deqmpc.solvers import augmented_lagrangian as al
 
 DT = 0.05
 needs_compiler = pytest.mark.skipif(not build.available(), reason='no C compiler on this machine')
-MODELS = [Pendulum(), Cartpole()]
+MODELS = [Pendulum(), Cartpole(), QuadrotorPole()]
 
 
 def points(model, count, seed=0):
@@ -102,7 +104,10 @@ def test_the_compiled_solver_swings_the_pendulum_as_the_torch_solver_does():
 
 
 def energy(model, x):
-    """Joule; the cart-pole's is derived in the head of its file from the kinetic energies of two bodies."""
+    """Joule. The cart-pole: a cart of 10 kg and a pole of 1 kg and 1 kg m^2 whose centre is 1 m up. The quadrotor's
+    pole: a point of 1 kg."""
+    if isinstance(model, QuadrotorPole):
+        return 0.5 * (model.length * x[..., 13]) ** 2 - 9.81 * model.length * torch.cos(x[..., 6])
     if isinstance(model, Pendulum):
         return 0.5 * x[..., 1] ** 2 + model.gravity * torch.cos(x[..., 0])
     _, theta, v, w = x.unbind(-1)
@@ -110,11 +115,13 @@ def energy(model, x):
     return 0.5 * 10.0 * v ** 2 + 0.5 * centre.square().sum(0) + 0.5 * 1.0 * w ** 2 + 9.81 * torch.cos(theta)
 
 
-@pytest.mark.parametrize('model, dt, drift', [(Pendulum(dt=1e-4), 1e-4, 5e-3), (Cartpole(), 1e-3, 1e-9)],
-                         ids=['Pendulum', 'Cartpole'])
+@pytest.mark.parametrize('model, dt, drift', [(Pendulum(dt=1e-4), 1e-4, 5e-3), (Cartpole(), 1e-3, 1e-9),
+                                             (QuadrotorPole(), 1e-3, 1e-9)], ids=['pendulum', 'cartpole', 'pole'])
 def test_energy_stays_without_input(model, dt, drift):
-    """A second of motion: the first-order step of the pendulum loses energy with dt, RK4 of the cart-pole with dt^4."""
+    """A second of motion: the pendulum's first-order step errs with dt, RK4 with dt^4. The quadrotor hovers."""
     x, _, _ = points(model, 50)
+    if isinstance(model, QuadrotorPole):
+        x[:, 3:6], x[:, 10:13] = 0.0, 0.0
     start = energy(model, x)
     phi = kind_of(model)(model, dt)
     for _ in range(round(1.0 / dt)):
@@ -129,6 +136,29 @@ def test_force_on_the_cart_does_work_at_the_carts_speed():
     slope, = torch.autograd.grad(energy(model, x).sum(), x)
     rate = torch.stack(model.derivative(x.unbind(-1), u.unbind(-1)), dim=-1)
     assert torch.allclose((slope * rate).sum(-1), u[:, 0] * x[:, 2], atol=1e-10)
+
+
+def test_hovering_with_the_pole_up_or_down_is_an_equilibrium():
+    model = QuadrotorPole()
+    for theta in (0.0, math.pi):
+        rate = model.derivative([0.0] * 6 + [theta] + [0.0] * 7, [0.0] * 4)
+        assert np.abs(rate).max() < 1e-13
+    upright, up = (torch.tensor([0.0] * 6 + [math.pi + tip] + [0.0] * 7) for tip in (0.0, 0.01))
+    assert model.derivative(up, [0.0] * 4)[13] > 0.19 > model.derivative(upright, [0.0] * 4)[13]  # it falls
+
+
+def test_the_pole_follows_a_point_on_a_rod_whose_hinge_moves_with_the_quadrotor():
+    """Along the swing the rod's end has gravity's acceleration alone."""
+    model = QuadrotorPole()
+    x, u, _ = points(model, 30)
+    rate = torch.stack(model.derivative(x.unbind(-1), (0.1 * u).unbind(-1)), dim=-1)
+    inertial = rate[:, 7:10] + torch.linalg.cross(x[:, 10:13], x[:, 7:10])  # of the hinge, in body axes
+    q = quaternion_from_mrp(x[:, 3:6].numpy())
+    hinge, moving = (torch.from_numpy(rotate(q, v.numpy())) for v in (inertial, x[:, 7:10]))
+    assert torch.allclose(moving, rate[:, :3], atol=1e-12)
+    # theta grows where the hinge accelerates to +x: the rod's end is at -l (sin theta, cos theta) in x and z
+    along = -hinge[:, 0] * torch.cos(x[:, 6]) + model.length * rate[:, 13]
+    assert torch.allclose(along, -9.81 * torch.sin(x[:, 6]), atol=1e-12)
 
 
 # --- scalars and integrators ----------------------------------------------------------------------

@@ -5,8 +5,10 @@ from deqmpc.tasks.cartpole import Cartpole
 from deqmpc.tasks.crazyflie import CrazyflieDynObs, CrazyflieObs
 from deqmpc.tasks.pendulum import Pendulum
 from deqmpc.tasks.quadrotor import Quadrotor
+from deqmpc.tasks.quadrotor_pole import QPole, QPoleDynObs, QPoleObs
 
-TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (Pendulum, Cartpole, Quadrotor, CrazyflieObs, CrazyflieDynObs)}
+TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (
+    Pendulum, Cartpole, Quadrotor, QPole, QPoleObs, QPoleDynObs, CrazyflieObs, CrazyflieDynObs)}
 
 __all__ = ['TASKS', 'Spheres', 'Task', 'make']
 

@@ -13,7 +13,7 @@ period of the goal's, `wrapped`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -157,3 +157,23 @@ def uniform(count: int, low: Sequence[float], high: Sequence[float], generator: 
     """(count, len(low)) float64, uniform between `low` and `high`."""
     a, b = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
     return a + (b - a) * torch.rand(count, len(low), generator=generator, dtype=torch.float64)
+
+
+def first_allowed(count: int, low: Sequence[float], high: Sequence[float], allowed: Callable[[Tensor, Tensor], Tensor],
+                  generator: torch.Generator, what: str, tries: int = 32, rounds: int = 100) -> Tensor:
+    """(count, 3): for each field the first uniform draw that `allowed(draws (F, tries, 3), fields (F,))` takes.
+    ValueError names `what` found no place."""
+    found, left = torch.zeros(count, 3, dtype=torch.float64), torch.arange(count)
+    for _ in range(rounds):
+        if len(left) == 0:
+            return found
+        draws = uniform(len(left) * tries, low, high, generator).view(len(left), tries, 3)
+        good = allowed(draws, left)
+        first = good.to(torch.uint8).argmax(dim=1)
+        has = good.any(dim=1)
+        found[left[has]] = draws[has, first[has]]
+        left = left[~has]
+    if len(left) == 0:
+        return found
+    raise ValueError(f'{rounds * tries} draws found no place for {what} in {len(left)} of {count} fields between {low} '
+                     f'and {high} m from the goal; expected fewer or smaller spheres')

@@ -27,7 +27,7 @@ from deqmpc.dynamics.crazyflie import Crazyflie as Equations
 from deqmpc.obstacles import FieldSettings
 from deqmpc.policies.learned import CrazyflieProblem
 from deqmpc.problem import Problem
-from deqmpc.tasks.base import Spheres, Task, uniform
+from deqmpc.tasks.base import Spheres, Task, first_allowed, uniform
 
 GOAL = (0.0, 0.0, 1.0)  # m, world
 FIELD = FieldSettings()
@@ -126,8 +126,8 @@ def draw_centers(count: int, spheres: int, radius: float, generator: torch.Gener
             apart = torch.cdist(p, centers[at, :k]) if k else p.new_full((*p.shape[:2], 1), math.inf)
             return (p.norm(dim=-1) >= radius + FIELD.clear_radius) & (
                 apart.amin(dim=-1) >= 2.0 * radius + FIELD.gap)
-        centers[:, k] = _first_allowed(count, LOW, HIGH, allowed, generator,
-                                       f'sphere {k + 1} of {spheres} of radius {radius} m')
+        centers[:, k] = first_allowed(count, LOW, HIGH, allowed, generator,
+                                      f'sphere {k + 1} of {spheres} of radius {radius} m')
     return centers
 
 
@@ -136,22 +136,4 @@ def draw_starts(centers: Tensor, radius: float, generator: torch.Generator) -> T
     def allowed(p, at):
         apart = torch.cdist(p, centers[at]) if centers.shape[1] else p.new_full((*p.shape[:2], 1), math.inf)
         return (p.norm(dim=-1) >= START_DISTANCE) & (apart.amin(dim=-1) >= radius + START_CLEARANCE)
-    return _first_allowed(len(centers), START_LOW, START_HIGH, allowed, generator, 'a start')
-
-
-def _first_allowed(count, low, high, allowed, generator, what, tries=32, rounds=100) -> Tensor:
-    """(count, 3): for each field the first uniform draw that `allowed(draws (F, tries, 3), fields (F,))` takes."""
-    found, left = torch.zeros(count, 3, dtype=torch.float64), torch.arange(count)
-    for _ in range(rounds):
-        if len(left) == 0:
-            return found
-        draws = uniform(len(left) * tries, low, high, generator).view(len(left), tries, 3)
-        good = allowed(draws, left)
-        first = good.to(torch.uint8).argmax(dim=1)
-        has = good.any(dim=1)
-        found[left[has]] = draws[has, first[has]]
-        left = left[~has]
-    if len(left) == 0:
-        return found
-    raise ValueError(f'{rounds * tries} draws found no place for {what} in {len(left)} of {count} fields between {low} '
-                     f'and {high} m from the goal; expected fewer or smaller spheres')
+    return first_allowed(len(centers), START_LOW, START_HIGH, allowed, generator, 'a start')
