@@ -13,7 +13,12 @@ of the spheres are free. Their positions are in the frame of the drone's state, 
 
 The paper predicts the offsets o_t - o_0 themselves. Here the last layer starts at zero, so that a network without
 training IS constant velocity, and spheres that fly straight ask nothing of it; with the factor t dt its output has one
-size at all knots. Its hidden size is a quarter of the main network's, as in the paper (`settings_for`).
+size at all knots. On spheres that pursue the drone (0.081 m mean error at constant velocity) 200 steps of training
+leave 0.013-0.021 m this way and 0.017-0.021 m with plain offsets, 40 steps 0.038-0.044 m and 0.045-0.107 m.
+
+Its hidden size is a quarter of the main network's, as in the paper (`settings_for`). Its kind may differ from the main
+network's: for 40 spheres beside h = 256 the kind `nn` takes 0.5 ms in flight and `deq` 1.0 ms warm; a training step on
+a CPU, where the spheres make a batch of B K, takes about 3 times as long with `nn` and 4 to 5 times with `deq`.
 """
 
 from __future__ import annotations
