@@ -185,7 +185,7 @@ def test_its_hidden_size_is_a_quarter():
 
 # --- pursuit -------------------------------------------------------------------------------------
 
-def pursuit(seed, B=100, count=4, speed=0.8, ahead=3):
+def pursuit(seed, B=50, count=4, speed=0.8, ahead=3):
     """Spheres that fly at `speed` towards where the drone will be `ahead` knots later: x, tau, centers now, their
     velocity now, radii, and their centers (B, T+1, K, 3) at the knots."""
     g = torch.Generator().manual_seed(seed)
