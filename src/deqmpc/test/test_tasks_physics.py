@@ -63,8 +63,8 @@ static void spread(const double *from, int count, vec *to) {
 void run(const double *x, const double *u, const double *y, double h, double *next, double *F, double *C) {
   vec a[N], b[M], w[N], to[N], f[F_COUNT], c[C_COUNT + 1];
   spread(x, N, a); spread(u, M, b); spread(y, N, w);
-  rk4_linearize(a, b, h, to, f);
-  rk4_curvature(a, b, h, w, c);
+  step_linearize(a, b, h, to, f);
+  step_curvature(a, b, h, w, c);
   for (int l = 0; l < LANES; l++) {
     for (int i = 0; i < N; i++) next[l * N + i] = to[i][l];
     for (int e = 0; e < F_COUNT; e++) F[(l * N + F_ROW[e]) * (N + M) + F_COLUMN[e]] = f[e][l];

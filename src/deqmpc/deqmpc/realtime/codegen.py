@@ -2,8 +2,8 @@
 
 The generated text stands before solver.c in one translation unit and defines N, M, SPACE, POSITION and
 
-  void rk4_linearize(const vec *x, const vec *u, double h, vec *next, vec *F)
-  void rk4_curvature(const vec *x, const vec *u, double h, const vec *y, vec *C)
+  void step_linearize(const vec *x, const vec *u, double h, vec *next, vec *F)
+  void step_curvature(const vec *x, const vec *u, double h, const vec *y, vec *C)
 
 over `vec`, a vector of LANES doubles: each lane is a knot. F holds the structurally non-zero entries of
 dphi/d(x, u) in the order of F_ROW, F_COLUMN; C those of the upper triangle of d^2(y' phi)/d(x, u)^2 in the order of
@@ -157,7 +157,7 @@ class _Writer:
         lines = [f'#define F_COUNT {len(self.entries)}',
                  f'static const short F_ROW[F_COUNT] = {{{", ".join(map(str, rows))}}};',
                  f'static const short F_COLUMN[F_COUNT] = {{{", ".join(map(str, columns))}}};',
-                 'static void rk4_linearize(const vec *x, const vec *u, double h, vec *next, vec *F) {',
+                 'static void step_linearize(const vec *x, const vec *u, double h, vec *next, vec *F) {',
                  *self.stages(),
                  f'  for (int i = 0; i < N; i++) next[i] = x[i] + {self.weighted([f"k[{s}][i]" for s in stages])};']
         for e, (i, j) in enumerate(self.entries):
@@ -192,7 +192,7 @@ class _Writer:
         lines += ['}', f'#define C_COUNT {len(entries)}',
                   f'static const short C_ROW[{len(rows)}] = {{{", ".join(map(str, rows))}}};',
                   f'static const short C_COLUMN[{len(rows)}] = {{{", ".join(map(str, columns))}}};',
-                  'static void rk4_curvature(const vec *x, const vec *u, double h, const vec *y, vec *C) {',
+                  'static void step_curvature(const vec *x, const vec *u, double h, const vec *y, vec *C) {',
                   *self.stages(), f'  vec w[{self.stage_count}][N], c[{max(len(upper), 1)}];']
         for s in reversed(range(self.stage_count)):
             lines += self.adjoint(s)

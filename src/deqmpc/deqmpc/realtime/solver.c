@@ -229,7 +229,7 @@ static void evaluate(const Work *w, const double *x_init, Point *p) {
       EACH(i, N) x[i][l] = z[i];
       EACH(j, M) u[j][l] = z[N + j];
     }
-    rk4_linearize(x, u, w->h, next, F);
+    step_linearize(x, u, w->h, next, F);
     EACH(l, count) {
       double *c = lanes(&p->c[t0 + l + 1]), *f = lanes(&p->F[(t0 + l) * N]);
       const double *z = clanes(&p->z[t0 + l + 1]);
@@ -318,7 +318,7 @@ static void add_curvature(Work *w, const Point *p, const row *y) {
       EACH(i, N) { x[i][l] = clanes(&p->z[t])[i]; m[i][l] = clanes(&y[t + 1])[i]; }
       EACH(j, M) u[j][l] = clanes(&p->z[t])[N + j];
     }
-    rk4_curvature(x, u, w->h, m, C);
+    step_curvature(x, u, w->h, m, C);
     EACH(l, count) EACH(e, C_COUNT) {
       row *H = w->H + (t0 + l) * Z;
       const double c = ((double *)&C[e])[l];
