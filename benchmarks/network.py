@@ -5,9 +5,9 @@
   --model FOLDER                                    with trained weights instead of fresh ones (--step)
   --emptied                                         caches emptied before every call, as between two ticks at 10 Hz
 
-Every line: median and p99 of the calls, evaluations of the equilibrium cell (mean), megabytes of convolution weights
-read, largest difference of theta to the torch module in float32. torch.compile and ONNX Runtime run where they are
-installed (pip install onnx onnxscript onnxruntime) and with --peers.
+A Markdown table; every line: median and p99 of the calls, evaluations of the equilibrium cell (mean), megabytes of
+convolution weights read, largest difference of theta to the torch module in float32. torch.compile and ONNX Runtime
+run where they are installed (pip install onnx onnxscript onnxruntime) and with --peers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import table
 import torch
 
 from deqmpc.dynamics.quadrotor import U_HIGH, U_HOVER, U_LOW, Quadrotor
@@ -53,8 +54,8 @@ def timed(call, count: int, emptied: bool):
 
 
 def line(name, ms, evaluations, megabytes, difference):
-    print(f'{name:<46} {np.median(ms):8.3f} {np.percentile(ms, 99):8.3f} {evaluations:6.1f} {megabytes:8.1f} '
-          f'{difference:10.1e}', flush=True)
+    table.row(name, float(np.median(ms)), float(np.percentile(ms, 99)), f'{evaluations:.1f}', f'{megabytes:.1f}',
+              f'{difference:.1e}')
 
 
 def sample(settings: Settings, seed=0):
@@ -67,6 +68,7 @@ def sample(settings: Settings, seed=0):
 
 def networks(arguments):
     """One call of the network, by hidden size and way of computing."""
+    table.header('network', 'median ms', 'p99 ms', 'evaluations', 'MB', 'difference')
     for hidden in arguments.hidden:
         for kind in ('nn', 'deq'):
             torch.manual_seed(0)
@@ -119,11 +121,11 @@ def peers(network, tensors, theta, arguments, megabytes):
             line(f'{name} torch.compile', timed(call, arguments.count // 4, arguments.emptied), 0, megabytes,
                  np.abs(got - theta).max())
     except Exception as error:  # a peer's failure is a line of the table
-        print(f'{name} torch.compile: {type(error).__name__}: {str(error).splitlines()[0][:80]}')
+        table.row(f'{name} torch.compile: {type(error).__name__}', *[None] * 5)
     try:
         import onnxruntime
     except ImportError:
-        print(f'{name} ONNX Runtime: not installed')
+        table.row(f'{name} ONNX Runtime: not installed', *[None] * 5)
         return
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / 'network.onnx')
@@ -148,6 +150,8 @@ def control_steps(arguments):
     rng = np.random.default_rng(0)
     centers = np.repeat(rng.uniform(-5.0, 5.0, size=(1, 40, 3)), 6, axis=0)
     radii = np.full(40, 0.3)
+    table.header('control step', 'steps', 'median ms', 'p99 ms', 'evaluations', 'their p99', 'MB', 'Gauss-Newton steps',
+                 'defect p99')
     for hidden in arguments.hidden:
         for kind in ('deq', 'nn'):
             torch.manual_seed(0)
@@ -159,7 +163,7 @@ def control_steps(arguments):
                 ms, evaluations, steps, residual = [], [], [], []
                 for trajectory in states[:max(arguments.count // 90, 1)]:
                     step = None
-                    for x in trajectory[:91]:
+                    for x in trajectory[:min(arguments.count, 90) + 1]:
                         if arguments.emptied:
                             empty_caches()
                         start = time.perf_counter()
@@ -172,10 +176,10 @@ def control_steps(arguments):
                             residual.append(step.defect)
                 read = controller.network.bytes_read(0) + np.mean(evaluations) * (
                     controller.network.bytes_read(1) - controller.network.bytes_read(0))
-                line(f'{method} {network.settings.kind} {network.settings.hidden} {storage}', ms, np.mean(evaluations),
-                     read / 1e6, np.percentile(residual, 99))
-                print(f'    {len(ms)} steps, evaluations p99 {np.percentile(evaluations, 99):.0f}, Gauss-Newton steps '
-                      f'{np.mean(steps):.1f}; last column: p99 of the defect')
+                table.row(f'{method} {network.settings.kind} {network.settings.hidden} {storage}', len(ms),
+                          float(np.median(ms)), float(np.percentile(ms, 99)), f'{np.mean(evaluations):.1f}',
+                          f'{np.percentile(evaluations, 99):.0f}', f'{read / 1e6:.1f}', f'{np.mean(steps):.1f}',
+                          f'{np.percentile(residual, 99):.1e}')
 
 
 def main():
@@ -189,7 +193,6 @@ def main():
     parser.add_argument('--model', help='folder of a trained model, for --step')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f'{"":<46} {"median":>8} {"p99 ms":>8} {"evals":>6} {"MB":>8} {"difference":>10}')
     (control_steps if arguments.step else networks)(arguments)
 
 

@@ -2,9 +2,9 @@
 
   python benchmarks/riccati.py [--device cuda] [--float32] [--samples 30] [--json FILE]
 
-Every line: median ms of a factorisation with one solve, of a solve alone (one more right-hand side), how many times
-faster the scan's factorisation with one solve is, and which one `linear_solver: auto` takes. Both are timed in turns,
-so that other work on the machine meets both alike.
+A Markdown table; every line: median ms of a factorisation with one solve, of a solve alone (one more right-hand
+side), how many times faster the scan's factorisation with one solve is, and which one `linear_solver: auto` takes. Both
+are timed in turns, so that other work on the machine meets both alike.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import table
 import torch
 
 from deqmpc.solvers import riccati, riccati_scan
@@ -64,21 +65,20 @@ def main():
     parser.add_argument('--device', default='cpu', type=torch.device)
     parser.add_argument('--float32', action='store_true')
     parser.add_argument('--samples', default=30, type=int, help='timings of every case')
+    parser.add_argument('--largest', default=10 ** 6, type=int, help='batch times N, of the cases that are run')
     parser.add_argument('--json', type=Path, help='write the table there, too')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     where = dict(device=arguments.device, dtype=torch.float32 if arguments.float32 else torch.float64)
     print(f'n = {STATES}, m = {INPUTS}, {where["dtype"]}, {arguments.device}; ms')
-    print(f'{"batch":>5} {"N":>4} | {"sequential":^17} | {"parallel":^17} | {"ratio":>6}  auto')
-    print(f'{"":>10} | {"fac+sol":>8} {"solve":>8} | {"fac+sol":>8} {"solve":>8} |')
+    table.header('batch', 'N', 'sequential', 'its solve', 'parallel', 'its solve', 'ratio', 'auto')
     rows = []
-    for batch, stages in CASES:
+    for batch, stages in (case for case in CASES if case[0] * case[1] <= arguments.largest):
         samples = max(3, min(arguments.samples, 60_000 // (batch * stages)))
         ms = measure(batch, stages, samples, **where)
         (sequential, seq_solve), (parallel, par_solve) = ms['sequential'], ms['parallel']
         auto = 'parallel' if riccati_scan.is_faster(batch, stages, arguments.device) else 'sequential'
-        print(f'{batch:5} {stages:4} | {sequential:8.2f} {seq_solve:8.2f} | {parallel:8.2f} {par_solve:8.2f} | '
-              f'{sequential / parallel:6.2f}  {auto}', flush=True)
+        table.row(batch, stages, sequential, seq_solve, parallel, par_solve, sequential / parallel, auto)
         rows.append(dict(batch=batch, stages=stages, samples=samples, auto=auto, **ms))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))

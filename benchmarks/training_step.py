@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import table
 import torch
 
 from deqmpc.dynamics.quadrotor import U_HIGH, U_HOVER, U_LOW, Quadrotor
@@ -116,12 +117,11 @@ def main():
     evaluations = [f'{float(p.evaluations.float().mean()):.1f}' for made in iterates for p in made.predictions]
     steps = [f'{float(s.steps.float().mean()):.1f}' for made in iterates for s in made.solutions]
     total = float(np.median(spent))
-    print(f'{arguments.method} {arguments.kind} hidden {arguments.hidden} ({weights:.1f} M weights) batch '
-          f'{arguments.batch} T {T} L {arguments.streaming} {"bfloat16" if arguments.bfloat16 else "float32"}: '
-          f'{total:.2f} CPU s a step, '
-          f'{AUTHORS / total:.1f} times less than the authors\' {AUTHORS}')
-    print('  of it  ' + '  '.join(f'{k} {np.median([p[k] for p in parts]):.2f}' for k in parts[0]))
-    print(f'  evaluations of the cell {" ".join(evaluations)}; Gauss-Newton steps {" ".join(steps)}; loss {loss:.1f}')
+    table.header('training step', 'M weights', 'batch', 'CPU s', "times less than the authors'", *parts[0])
+    table.row(f'{arguments.method} {arguments.kind}, hidden {arguments.hidden}, T {T}, L {arguments.streaming}, '
+              f'{"bfloat16" if arguments.bfloat16 else "float32"}', f'{weights:.1f}', arguments.batch, total,
+              AUTHORS / total, *(float(np.median([p[name] for p in parts])) for name in parts[0]))
+    print(f'\nevaluations of the cell {" ".join(evaluations)}; Gauss-Newton steps {" ".join(steps)}; loss {loss:.1f}')
     if arguments.profile:
         print(p.key_averages().table(sort_by='self_cpu_time_total', row_limit=25, max_name_column_width=45))
 
