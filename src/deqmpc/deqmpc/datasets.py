@@ -137,6 +137,8 @@ def windows(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray
         x = x - task.turns(x[:, :1] - task.goal)
     rows = at if d.moving else np.repeat(trajectories[:, None], length, axis=1)
     centers, velocity = (torch.from_numpy(v[rows].astype(float)) for v in (d.centers, d.velocity))
+    if d.radii.shape[1] == 0:  # files without spheres do not say how many numbers a centre has
+        centers = velocity = centers.new_zeros(*at.shape, 0, task.spatial)
     return Windows(x, centers, velocity, torch.from_numpy(d.radii[trajectories].astype(float)))
 
 
@@ -146,10 +148,14 @@ def continuous(x: Tensor, task: Task) -> Tensor:
     return x - torch.cat([torch.zeros_like(x[..., :1, :]), jumps.cumsum(dim=-2)], dim=-2)
 
 
-def draw(demonstrations: Demonstrations, trajectories: np.ndarray, count: int,
-         generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """`count` random windows, every state of `trajectories` as likely to be the first: (trajectory, first state)."""
-    ends = np.cumsum(demonstrations.lengths[trajectories])
+def draw(demonstrations: Demonstrations, trajectories: np.ndarray, count: int, generator: torch.Generator,
+         length: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` random windows of `length` states, every state of `trajectories` as likely to be the first:
+    (trajectory, first state). Where spheres move, windows end within their trajectory: beyond it they would stop."""
+    usable = demonstrations.lengths[trajectories]
+    if demonstrations.moving:
+        usable = np.maximum(usable - length + 1, 1)
+    ends = np.cumsum(usable)
     number = torch.randint(int(ends[-1]), (count,), generator=generator).numpy()
     which = np.searchsorted(ends, number, side='right')
     return trajectories[which], number - np.concatenate([[0], ends[:-1]])[which]

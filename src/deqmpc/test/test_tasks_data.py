@@ -73,7 +73,7 @@ def test_reward_and_success_are_the_same_for_an_angle_of_any_turn(name):
 @pytest.mark.parametrize('name', ['pendulum', 'cartpole'])
 def test_windows_are_continuous_and_start_within_half_a_turn_of_the_goal(name):
     d, task = released(name), tasks.make(name)
-    who, first = datasets.draw(d, np.arange(270), 3000, torch.Generator().manual_seed(0))
+    who, first = datasets.draw(d, np.arange(270), 3000, torch.Generator().manual_seed(0), 8)
     w = datasets.windows(d, task, who, first, 9)
     rows = torch.from_numpy(d.states[d.first[who] + first].astype(float))
     start = w.x[:, 0] - rows
@@ -123,10 +123,17 @@ def test_a_split_uses_every_trajectory_once_and_depends_on_its_seed_only():
 def test_every_state_is_drawn_as_often_as_any_other():
     d = datasets.Demonstrations(np.zeros((10, 1)), np.zeros((10, 1)), np.array([2, 3, 5]), np.zeros((3, 0, 3)),
                                 np.zeros((3, 0, 3)), np.zeros((3, 0)))
-    trajectory, first = datasets.draw(d, np.array([0, 2]), 7000, torch.Generator().manual_seed(0))
+    trajectory, first = datasets.draw(d, np.array([0, 2]), 7000, torch.Generator().manual_seed(0), 8)
     assert set(trajectory) == {0, 2} and (first < d.lengths[trajectory]).all()
     counts = np.unique(trajectory * 10 + first, return_counts=True)[1]
     assert len(counts) == 7 and counts.min() > 850
+
+
+def test_windows_among_moving_spheres_end_within_their_trajectory():
+    d = datasets.Demonstrations(np.zeros((20, 1)), np.zeros((20, 1)), np.array([6, 14]), np.zeros((20, 1, 3)),
+                                np.zeros((20, 1, 3)), np.zeros((2, 1)))
+    trajectory, first = datasets.draw(d, np.array([0, 1]), 500, torch.Generator().manual_seed(0), 8)
+    assert first[trajectory == 1].max() == 6 and set(first[trajectory == 0]) == {0}  # one is shorter than a window
 
 
 def test_a_torn_file_is_an_error_that_names_it(tmp_path):

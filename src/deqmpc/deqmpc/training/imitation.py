@@ -156,17 +156,25 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.done = 0  # steps
 
+    @property
+    def length(self) -> int:
+        """States of a window."""
+        return self.task.horizon + 1 + self.settings.streaming
+
+    def draw(self, trajectories: np.ndarray, count: int, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """`count` random windows of the training's length: (trajectory, first state)."""
+        return datasets.draw(self.demonstrations, trajectories, count, generator, self.length)
+
     def windows(self, trajectories: np.ndarray, first: np.ndarray) -> Windows:
         """Windows of the training's length, on its device."""
-        length = self.task.horizon + 1 + self.settings.streaming
-        w = datasets.windows(self.demonstrations, self.task, trajectories, first, length)
+        w = datasets.windows(self.demonstrations, self.task, trajectories, first, self.length)
         return Windows(*(v.to(self.device) for v in (w.x, w.centers, w.velocity, w.radii)))
 
     def step(self, share: slice = slice(None), average=None) -> Report:
         """One step. `share` is this process's part of the batch and `average` what makes gradients equal across
         processes, where there are several."""
         s = self.settings
-        w = self.windows(*(v[share] for v in datasets.draw(self.demonstrations, self.train, s.batch, self.generator)))
+        w = self.windows(*(v[share] for v in self.draw(self.train, s.batch, self.generator)))
         report, loss = Report(), 0.0
         for made, target, centers in Streaming(self.model, self.task, w, s.streaming):
             part, left_out = imitation_loss(made, target, s.network_share, centers)
@@ -191,7 +199,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self, count: int = 500) -> Report:
         """Errors over `count` windows of the validation trajectories, the same ones at every call."""
-        trajectories, first = datasets.draw(self.demonstrations, self.valid, count, torch.Generator().manual_seed(0))
+        trajectories, first = self.draw(self.valid, count, torch.Generator().manual_seed(0))
         report = Report()
         for made, target, _ in Streaming(self.model, self.task, self.windows(trajectories, first),
                                          self.settings.streaming):
