@@ -22,6 +22,7 @@ setup(
             'deqmpc = deqmpc.cli:main',
         ],
         'deqmpc.commands': [
+            'evaluate-policy = deqmpc.evaluation:main',
             'experts = deqmpc.experts:main',
             'train = deqmpc.training.train:main',
         ],

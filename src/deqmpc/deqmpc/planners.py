@@ -1,13 +1,14 @@
 """Planners for batches of episodes: states and spheres to inputs, with their own memory from step to step.
 
-  ModelPlanner     a learned model: cold with N iterations at first, then from the last plan shifted by one knot
+`ModelPlanner` is a learned model in the receding horizon: cold with N iterations at first, then from the last plan
+shifted by one knot. deqmpc.baselines has planners without a network.
 
 A planner keeps nothing between calls: what it wants to remember is the memory it returns, which the caller passes
 back, rows of ended episodes left out. Where a plan is not finite the input is u_ref, and that episode alone starts
 cold the next time.
 
-Angles. A task's angles are known modulo their period. The model sees them within half a period of zero, as in its
-training windows; the last plan is moved by whole periods so that it goes on from there.
+Angles are known modulo their period. The model sees them next to the goal's, as in its training windows
+(Task.wrapped); the last plan is moved by whole periods so that it goes on from there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from deqmpc.policies import deq_mpc, model
 from deqmpc.policies.deq_mpc import DeqMpc, Iterates, WarmStart
 from deqmpc.policies.network_only import NetworkOnly
-from deqmpc.problem import Problem
+from deqmpc.problem import Instances, Problem
 from deqmpc.realtime import RealtimeSolver
 from deqmpc.tasks import Spheres, Task
 
@@ -48,18 +49,20 @@ class Planner(Protocol):
 
 
 def load_model(folder: str | Path, task: Task) -> DeqMpc | NetworkOnly:
-    """The model of a folder (deqmpc.policies.model) on the task's problem. FileNotFoundError where a file is missing;
-    ValueError where it is damaged or was made for a state, horizon or time step other than the task's."""
+    """The model of a folder (deqmpc.policies.model) on the task's problem; the number of spheres is free.
+    FileNotFoundError where a file is missing; ValueError where it is damaged or was made for a state, horizon or time
+    step other than the task's."""
     made = model.load(folder)
-    own, wanted = made.network.settings, task.network(made.network.settings.kind, made.network.settings.hidden)
-    for name in ('n', 'horizon', 'dt', 'spheres', 'spatial', 'positions'):
+    own = made.network.settings
+    wanted = task.network(own.kind, own.hidden)
+    for name in ('n', 'horizon', 'dt', 'positions', *(['spatial'] if own.spheres else [])):
         if getattr(own, name) != getattr(wanted, name):
             raise ValueError(f'{folder}: its network has {name} = {getattr(own, name)!r}, the task {task.name} '
                              f'{getattr(wanted, name)!r}; expected equal ones')
     if not made.method:
-        return NetworkOnly(task.problem(), made.network).eval()
+        return NetworkOnly(task.problem(), made.network, made.motion).eval()
     settings = model.settings_of(deq_mpc.Settings, made.method, f'{folder}: method')
-    return DeqMpc(task.problem(), made.network, settings).eval()
+    return DeqMpc(task.problem(), made.network, settings, made.motion).eval()
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Memory:
 
     def __getitem__(self, rows: Tensor) -> Memory:
         """Those of some episodes."""
-        return _rows(self, rows)
+        return rows_of(self, rows)
 
 
 class ModelPlanner:
@@ -89,7 +92,7 @@ class ModelPlanner:
     @torch.no_grad()
     def plan(self, x: Tensor, spheres: Spheres, memory: Memory | None = None) -> Planned:
         """See Planner."""
-        x = x - self.task.turns(x)
+        x = self.task.wrapped(x)
         given = self._given(x, spheres)
         if memory is None or memory.warm_start is None:
             planned = self._planned(given, spheres, self._call(given))
@@ -103,17 +106,16 @@ class ModelPlanner:
         return replace(planned, u=u)
 
     def _given(self, x: Tensor, spheres: Spheres) -> tuple[Tensor, ...]:
-        """x_init, u_ref, centers and radii for the model."""
+        """x_init, u_ref, centers, radii and velocity for the model, which says where spheres will be at the knots."""
         u_ref = self.task.u_ref.expand(len(x), self.task.horizon, -1)
-        return x, u_ref, self._ahead(spheres), torch.where(spheres.radii > 0, spheres.radii + self.task.margin, 0.0)
-
-    def _ahead(self, spheres: Spheres) -> Tensor:
-        """Centres (B, T+1, K, d) at the knots: the one place where motion is predicted."""
-        return spheres.ahead(self.times)
+        radii = torch.where(spheres.radii > 0, spheres.radii + self.task.margin, 0.0)
+        return x, u_ref, spheres.centers, radii, spheres.velocity
 
     def _call(self, given: tuple[Tensor, ...], warm_start: WarmStart | None = None) -> Iterates:
+        x, u_ref, centers, radii, velocity = given
         count = self.iterations if warm_start is None else self.warm_iterations
-        return self.model(*given, warm_start=warm_start, iterations=count or None)
+        return self.model(x, u_ref, centers, radii, warm_start=warm_start, iterations=count or None,
+                          velocity=velocity)
 
     def _continued(self, x: Tensor, memory: Memory) -> WarmStart:
         """The last plan one knot on, by whole periods nearest to x."""
@@ -125,8 +127,9 @@ class ModelPlanner:
     def _planned(self, given: tuple[Tensor, ...], spheres: Spheres, made: Iterates) -> Planned:
         problem, x, u = self.model.problem, made.x[-1], made.u[-1]
         ok = torch.isfinite(x).flatten(1).all(dim=1) & torch.isfinite(u).flatten(1).all(dim=1)
-        data = problem.instances(given[0], x, given[1], given[2], spheres.radii)
-        violation = _largest(problem.residuals(data, x, u), ok)
+        centers = made.motions[-1].centers if made.motions else spheres.ahead(self.times)
+        data = problem.instances(given[0], x, given[1], centers, spheres.radii)
+        violation = largest_violation(problem, data, x, u, ok)
         if self._inputs is None:
             return Planned(u[:, 0], x, ok, violation, torch.where(ok, made.solutions[-1].defect, float('nan')),
                            Memory(made.warm_start, ok))
@@ -159,18 +162,18 @@ class OneStep:
         return u, (self.problem.phi.step(x, u) - following).abs().amax(dim=1)
 
 
-def _largest(residuals: Tensor, ok: Tensor) -> Tensor:
-    """Largest of the residuals (B, T, C), at least 0; NaN where not ok."""
-    h = residuals.flatten(1)
+def largest_violation(problem: Problem, data: Instances, x: Tensor, u: Tensor, ok: Tensor) -> Tensor:
+    """(B,) largest residual of bounds and spheres along x (B, T+1, n), u (B, T, m), at least 0; NaN where not ok."""
+    h = problem.residuals(data, x, u).flatten(1)
     largest = h.amax(dim=1).clamp_min(0.0) if h.shape[1] else h.new_zeros(len(h))
     return torch.where(ok, largest, float('nan'))
 
 
-def _rows(value, rows: Tensor):
-    """Those rows of a tensor, or of every tensor in a dataclass."""
+def rows_of(value, rows: Tensor):
+    """Those rows of a tensor, or of every tensor in a dataclass; None stays None."""
     if isinstance(value, Tensor) or value is None:
         return None if value is None else value[rows]
-    return replace(value, **{f.name: _rows(getattr(value, f.name), rows) for f in fields(value)})
+    return replace(value, **{f.name: rows_of(getattr(value, f.name), rows) for f in fields(value)})
 
 
 def _put(value, rows: Tensor, part):

@@ -6,6 +6,9 @@ For t = 0..steps-1, where the episode has not ended:
   u_t = clip(plan(y_t, spheres_t))      r_t = reward(x_t, u_t)
   x_{t+1} = phi(x_t, u_t) + process noise      spheres_{t+1} = move(spheres_t, x_{t+1})
 
+A goal that is moved by g (GoalChange) is a change of frame for planner and reward, x - g and spheres - g, that plant,
+spheres and failure do not notice; the planner starts cold then.
+
 Only the state drops out and is noisy; the spheres are known. Random numbers are drawn for all episodes at every step,
 ended or not: what one episode meets does not depend on how the others end.
 """
@@ -13,10 +16,12 @@ ended or not: what one episode meets does not depend on how the others end.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from deqmpc.planners import Planner
 from deqmpc.problem import Problem
@@ -43,6 +48,20 @@ class Disturbance:
     def none(self) -> bool:
         """Whether nothing is random."""
         return not (self.dropout or any(torch.as_tensor(v).any() for v in (self.process, self.observation)))
+
+
+@dataclass(frozen=True)
+class GoalChange:
+    """The goal moves during the episode."""
+
+    offset: tuple[float, ...]  # by so much, in the first numbers of the state (m)
+    step: int = 0  # from this step on
+
+    def applied(self, x: Tensor, spheres: Spheres) -> tuple[Tensor, Spheres]:
+        """x (B, n) and spheres as seen from the new goal."""
+        g = x.new_zeros(x.shape[1])
+        g[:len(self.offset)] = x.new_tensor(self.offset)
+        return x - g, replace(spheres, centers=spheres.centers - g[:spheres.centers.shape[-1]])
 
 
 @dataclass(frozen=True)
@@ -79,9 +98,11 @@ class Rollouts:
 
 @torch.no_grad()
 def rollout(task: Task, planner: Planner, x: Tensor, spheres: Spheres | None = None, steps: int | None = None,
-            disturbance: Disturbance = Disturbance(), generator: torch.Generator | None = None) -> Rollouts:
+            disturbance: Disturbance = Disturbance(), generator: torch.Generator | None = None,
+            change: GoalChange | None = None, progress: bool = False) -> Rollouts:
     """Episodes from the starts x (B, n), float64, among `spheres` (None: none), for `steps` (None: the task's).
-    `generator` draws what `disturbance` asks for. ValueError for shapes, and where the generator is missing."""
+    `generator` draws what `disturbance` asks for; `progress` shows a bar on a terminal. `change` moves the goal.
+    ValueError for shapes, and where the generator is missing."""
     spheres = Spheres.none(len(x), task.spatial) if spheres is None else spheres
     if generator is None and not disturbance.none:
         raise ValueError('generator = None; expected a torch.Generator for the disturbances')
@@ -89,13 +110,17 @@ def rollout(task: Task, planner: Planner, x: Tensor, spheres: Spheres | None = N
     if x.dim() != 2 or x.shape[1] != problem.n or x.dtype != torch.float64 or len(spheres.radii) != len(x):
         raise ValueError(f'x is {x.dtype} of shape {tuple(x.shape)} among spheres for {len(spheres.radii)} episodes; '
                          f'expected {torch.float64} of shape (B, {problem.n}) and B')
-    run = _Run(task, problem, x, spheres, task.steps if steps is None else steps)
+    if change is not None and not 0 < len(change.offset) <= min(task.spatial, task.positions):
+        raise ValueError(f'offset = {change.offset!r} of the goal; expected 1 to {min(task.spatial, task.positions)} '
+                         f'numbers (m) for the task {task.name}')
+    run = _Run(task, problem, x, spheres, task.steps if steps is None else steps, change)
     observe = _Observer(disturbance, x, generator)
-    for t in range(run.steps):
-        seen, push = observe(run.now), observe.push()
-        if len(run.rows) == 0:
-            break
-        run.advance(t, planner, seen, push)
+    with np.errstate(over='ignore', invalid='ignore'):  # a state that leaves the numbers is a failure, not a warning
+        for t in tqdm(range(run.steps), desc=f'{task.name}: {len(x)} rollouts', disable=None if progress else True):
+            seen, push = observe(run.now), observe.push()
+            if len(run.rows) == 0:
+                break
+            run.advance(t, planner, seen, push)
     return run.result()
 
 
@@ -128,9 +153,10 @@ class _Observer:
 class _Run:
     """Episodes under way. `rows` are those that have not ended; `spheres`, `memory` and `streak` are theirs."""
 
-    def __init__(self, task: Task, problem: Problem, x: Tensor, spheres: Spheres, steps: int):
+    def __init__(self, task: Task, problem: Problem, x: Tensor, spheres: Spheres, steps: int,
+                 change: GoalChange | None):
         B, self.steps = len(x), steps
-        self.task, self.problem = task, problem
+        self.task, self.problem, self.change = task, problem, change
         self.x = x.unsqueeze(1).repeat(1, steps + 1, 1)
         self.u = x.new_zeros(B, steps, problem.m)
         self.reward = x.new_zeros(B, steps)
@@ -149,12 +175,16 @@ class _Run:
     def advance(self, t: int, planner: Planner, seen: Tensor, push: Tensor) -> None:
         """One step of the episodes that have not ended."""
         rows, task, x = self.rows, self.task, self.now[self.rows]
+        towards, looked, near = x, seen[rows], self.spheres
+        if self.change is not None and t >= self.change.step:
+            (towards, _), (looked, near) = (self.change.applied(v, near) for v in (towards, looked))
+            self.memory = None if t == self.change.step else self.memory
         began = time.perf_counter()
-        made = planner.plan(seen[rows], self.spheres, self.memory)
+        made = planner.plan(looked, near, self.memory)
         self.seconds += time.perf_counter() - began
         self.memory = made.memory
         u = torch.minimum(torch.maximum(made.u, self.problem.u_low), self.problem.u_high)
-        self.u[rows, t], self.reward[rows, t] = u, task.reward(x, u)
+        self.u[rows, t], self.reward[rows, t] = u, task.reward(towards, u)
         self.planned[rows, t] = made.ok
         self.plan_violation[rows, t], self.plan_defect[rows, t] = made.violation, made.defect
         x = task.step(x, u) + push[rows]
