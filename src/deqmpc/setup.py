@@ -15,7 +15,7 @@ setup(
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),
     ],
-    install_requires=['numpy', 'torch', 'pyyaml', 'safetensors', 'tqdm', 'sympy'],
+    install_requires=['numpy', 'torch', 'pyyaml', 'safetensors', 'tqdm', 'sympy', 'matplotlib'],
     extras_require={'test': ['pytest']},
     entry_points={
         'console_scripts': [
@@ -24,6 +24,7 @@ setup(
         'deqmpc.commands': [
             'evaluate-policy = deqmpc.evaluation:main',
             'experts = deqmpc.experts:main',
+            'reproduce = deqmpc.reproduce:main',
             'train = deqmpc.training.train:main',
         ],
     },

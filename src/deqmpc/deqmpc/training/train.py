@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--bfloat16', action='store_true', help="products of the network's convolutions in bfloat16 (CPU)")
     p.add_argument('--log-every', type=int, default=50, help='steps')
     p.add_argument('--validate-every', type=int, default=500, help='steps')
+    p.add_argument('--windows', type=int, default=500, help='of a validation')
     p.add_argument('--save-every', type=float, default=60.0, help='s')
     p.add_argument('--tensorboard', action='store_true', help='also write TensorBoard events (needs tensorboard)')
     return p
@@ -113,11 +114,11 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
     _train(trainer, folder, about, a, ranks, resumed)
     if _rank():
         return folder / 'model'
-    found = trainer.validate()
+    found = trainer.validate(a.windows)
     card = {**about, 'command': 'deqmpc train ' + shlex.join(argv), 'commit': commit(),
             'demonstrations': {'path': path.name, **{k: v for k, v in demonstrations.about.items()
                                                      if not isinstance(v, list)}},
-            'validation': {'windows': 500, 'cold': round(found.cold, 4), 'streamed': round(found.streamed, 4)}}
+            'validation': {'windows': a.windows, 'cold': round(found.cold, 4), 'streamed': round(found.streamed, 4)}}
     method = {} if not isinstance(model, DeqMpc) else dataclasses.asdict(model.settings)
     model_folder.save(folder / 'model', model_folder.Model(model.network, method, task.flight_problem, card,
                                                             model.motion))
@@ -136,7 +137,8 @@ def _train(trainer: Trainer, folder: Path, about: dict, a: argparse.Namespace, r
             report = trainer.step(share, _average if ranks > 1 else None)
             bar.update()
             at_end = trainer.done == trainer.settings.steps
-            valid = trainer.validate() if not rank and (trainer.done % a.validate_every == 0 or at_end) else None
+            validates = not rank and (trainer.done % a.validate_every == 0 or at_end)
+            valid = trainer.validate(a.windows) if validates else None
             if valid is not None or trainer.done % a.log_every == 0:
                 metrics.write(trainer, report, valid, time.process_time() - start)
                 bar.set_postfix(loss=f'{report.loss:.2f}', refresh=False)

@@ -1,0 +1,26 @@
+"""Figure 3: more demonstrations help DEQ-MPC, where Diff-MPC saturates.
+
+The same demonstrations validate whatever the number that train; those of a smaller number are among those of a larger.
+
+Checks, for each kind of network and task: the mean validation error of DEQ-MPC falls from every number of
+demonstrations to the next; from the last but one to the most, DEQ-MPC gains a larger share of its error than Diff-MPC.
+"""
+
+from deqmpc.reproduce import MPC_VARIANTS, Plan, Results, gains, lines
+
+X_LABEL = 'demonstrations to train on'
+COUNTS = {'smoke': (10, 20), 'small': (30, 90, 270)}
+
+
+def cells(plan: Plan):
+    """Numbers of demonstrations, of the quadrotor's 270."""
+    counts = COUNTS.get(plan.budget.name, (10, 30, 90, 270))
+    return plan.cells(['quadrotor'], MPC_VARIANTS, counts, lambda count, variant: {'trajectories': count})
+
+
+def draw(figure, results: Results):
+    """Errors and returns over the number of demonstrations."""
+    lines(figure, results, X_LABEL, log=True)
+
+
+checks = gains
