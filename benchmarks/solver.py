@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument('--spheres', type=int, default=40)
     parser.add_argument('--instances', type=int, default=100)
     parser.add_argument('--solves', type=int, default=1000, help='of each solver')
-    parser.add_argument('--seconds', type=float, default=60.0, help='at most, of each solver in each table')
+    parser.add_argument('--seconds', type=float, default=30.0, help='at most, of each solver in each table')
     parser.add_argument('--no-peers', action='store_true')
     parser.add_argument('--sweep', action='store_true', help='growth over horizon, spheres and batch instead')
     parser.add_argument('--batches', type=int, nargs='+', default=[1, 20, 200, 1000], help='of the sweep')

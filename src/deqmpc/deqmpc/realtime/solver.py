@@ -136,8 +136,9 @@ class RealtimeSolver:
         Spheres leave a local minimum for each side that they can be passed on, and one start finds one of them. So the
         instance is solved from two that see it differently: standing at x_init, where the way is found from its near
         end, and the plan without spheres, whose knots leave every sphere on the side they are on. That plan is moved
-        1 cm aside, as one through the middle of a sphere is on none. The cheaper solution that converged is returned
-        (the one with the least residual where none did), with the Newton steps of all three solves.
+        1 cm aside, as one through the middle of a sphere is on none. The cheaper solution that converged is returned,
+        with the Newton steps of all three solves. Where none did, the one with the least residual is, first of those
+        whose soft constraints gave way.
         """
         standing = self.solve(x_init, x_ref, u_ref, spheres, radii)
         if radii is None or len(radii) == 0 or standing.status is al.Status.NOT_FINITE:
@@ -146,7 +147,8 @@ class RealtimeSolver:
         if free.status is al.Status.NOT_FINITE:
             return standing
         deflected = self.solve(x_init, x_ref, u_ref, spheres, radii, WarmStart(self._aside(free.x), free.u))
-        best = min(standing, deflected, key=_rank)
+        soft = np.isfinite(self.settings.elastic)
+        best = min(standing, deflected, key=lambda s: _rank(s, soft))
         return best._replace(steps=standing.steps + free.steps + deflected.steps)
 
     def _aside(self, x):
@@ -178,11 +180,13 @@ class RealtimeSolver:
 _ASIDE = 0.01  # m, far less than a sphere
 
 
-def _rank(solution: Solution) -> tuple[int, float]:
-    """Smaller is better: converged ones by cost, then what is finite by residual."""
+def _rank(solution: Solution, soft: bool) -> tuple[int, float]:
+    """Smaller is better: converged ones by cost, then soft constraints that gave way, then the rest, by residual."""
     if solution.status is al.Status.CONVERGED:
         return 0, solution.cost
-    return (1, solution.residual) if np.isfinite(solution.residual) else (2, 0.0)
+    if soft and solution.status is al.Status.INFEASIBLE:  # the minimiser of the exact penalty
+        return 1, solution.residual
+    return (2, solution.residual) if np.isfinite(solution.residual) else (3, 0.0)
 
 
 _said: set[str] = set()  # what this process has logged
