@@ -141,7 +141,7 @@ def test_a_recording_streamed_through_natnet_gives_a_plan_at_every_tick(tmp_path
 
 @pytest.mark.parametrize(('words', 'message'), [
     (['fly', 'sim', 'policy:=nonsense'], "unknown policy 'nonsense'"),
-    (['fly', 'sim', 'policy:=deq_mpc'], 'models/crazyflie_obs'),
+    (['fly', 'sim', 'policy:=deq_mpc'], 'config/policies/deq_mpc.yaml'),
     (['fly', 'sim', 'policy_file:=/nowhere.yaml'], '/nowhere.yaml'),
     (['fly', 'sim', 'obstacles_file:=/nowhere.yaml'], '/nowhere.yaml'),
     (['fly', 'sim', 'start:=up', 'trial:=true'], "'up'"),

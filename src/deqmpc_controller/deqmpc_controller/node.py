@@ -18,12 +18,16 @@ from deqmpc_ros.messages import TYPES
 from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run, subscription
 
 
+FILES = {'model', 'airframe'}  # settings of policies that name a file or folder
+
+
 @dataclass(frozen=True)
 class Settings:
     """Parameters of the policy node."""
 
     policy: str = parameter('mpc_only', 'name of the policy')
-    policy_file: str = parameter('', 'YAML file with the settings of the policy; empty for its defaults')
+    policy_file: str = parameter('', 'YAML file with the settings of the policy, paths in it relative to it; empty: '
+                                 'its defaults')
     goal: list[float] = parameter([0.0, 0.0, 1.0, 0.0], 'goal x, y, z (m, world), yaw (rad)', -100.0, 100.0)
     rate: float = parameter(10.0, 'ticks a second (Hz)', 1.0, 200.0)
     max_state_age: float = parameter(0.1, 'odometry older than this gives no plan (s)', 0.005, 2.0)
@@ -53,6 +57,9 @@ def policy_from(settings: Settings, where: str):
             raise SettingsError(f'{where}: parameter policy_file = {str(path)!r}: {error}') from error
         if not isinstance(options, dict):
             raise SettingsError(f'{where}: {path} holds {type(options).__name__}; expected settings')
+        for name in FILES & set(options):
+            if isinstance(options[name], str) and options[name]:
+                options[name] = str(path.parent / options[name])
     try:
         return load_policy(settings.policy, {**options, 'goal': tuple(settings.goal)})
     except (ValueError, OSError) as error:

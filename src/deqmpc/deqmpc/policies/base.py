@@ -17,7 +17,8 @@ S = TypeVar('S')
 # name -> module and class; a class is made by `Class.from_settings(dict)` and imported only when asked for.
 POLICIES = {
     'mpc_only': 'deqmpc.policies.mpc_only:MpcOnly',
-    'deq_mpc': 'deqmpc.policies.deq_mpc:DeqMpcPolicy',
+    **{name: 'deqmpc.policies.deq_mpc:DeqMpcPolicy'  # the model's folder says which of the four it is
+       for name in ('deq_mpc', 'deq_mpc_deq', 'deq_mpc_nn', 'diff_mpc_deq', 'diff_mpc_nn')},
     'network_only': 'deqmpc.policies.network_only:NetworkOnlyPolicy',
 }
 
