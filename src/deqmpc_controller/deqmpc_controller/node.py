@@ -17,7 +17,6 @@ from deqmpc_controller.policy_loop import LoopSettings, PolicyLoop
 from deqmpc_ros.messages import TYPES
 from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run, subscription
 
-
 FILES = {'model', 'airframe'}  # settings of policies that name a file or folder
 
 
