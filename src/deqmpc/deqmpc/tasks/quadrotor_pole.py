@@ -8,13 +8,17 @@
   reward = exp(2 - c / 2): at most exp(2) a step
   start: r in +-5 m, Euler angles in +-45 deg, theta anywhere, velocities and rates in +-1
 
+Policies see theta in 0..2 pi (`wrapped`). Upright is also at -pi and 3 pi: a plan that swings up through the hanging
+end has one of these as its target.
+
 Spheres (qpole_obs, qpole_dynobs): 40 of 0.5 m, their centres uniform in +-5 m, none nearer than 1.31 m to the origin
 or than 0.72 m to another, as in the authors' field. It is one field for all episodes, as theirs; `fields='fresh'`
 draws one for each. A start inside a sphere is drawn again; touching one ends the episode.
 
 Moving spheres head for where the quadrotor will be 5 steps ahead if it keeps its velocity, from the same places. Their
-speed is not in the paper. 0.25 m/s is chosen so that hovering is not safe and not hopeless: in an episode they travel
-2.5 m, within which a quadrotor at the origin is reached by about 5 of the 40 (at 0.5 m/s by about 28).
+speed is not in the paper. 0.25 m/s is chosen so that staying at the origin is neither safe nor hopeless: in an episode
+they travel 2.5 m, and about 5 of the 40 start within 3 m of it. A controller that plans 40 knots of `problem` ahead
+with the goal as reference, spheres at constant velocity, is touched in 4 of 40 episodes (0.2 m/s: 1, 0.5 m/s: 34).
 
 Source: the DEQ-MPC authors' code and Figure 5 (radii 0.2 to 0.5 m); for moving spheres no code was released.
 """
