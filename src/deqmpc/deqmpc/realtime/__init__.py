@@ -1,4 +1,4 @@
-"""Compiled solvers for one instance in real time. See README.md here."""
+"""Compiled solvers for one instance in real time and for batches in training. See README.md here."""
 
 from deqmpc.realtime.solver import RealtimeSolver, Settings, Solution, WarmStart
 

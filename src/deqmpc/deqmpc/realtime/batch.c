@@ -94,7 +94,8 @@ void solve_batch(void *work, const Exchange *e, const Batch *b, long first, long
 static void pull_back_tracking(const Work *w, const Batch *b, long sample) {
   const int T = w->T;
   EACH(t, T + 1) {
-    const double *v = clanes(&w->d[t]), *z = clanes(&w->a.z[t]), *ref = clanes(&w->ref[t]), *weight = clanes(&w->weight[t]);
+    const double *v = clanes(&w->d[t]), *weight = clanes(&w->weight[t]);
+    const double *z = clanes(&w->a.z[t]), *ref = clanes(&w->ref[t]);
     double *by_Q = t < T ? b->by_Q : b->by_Qf;
     EACH(i, N) {
       if (b->by_x_ref) b->by_x_ref[(sample * (T + 1) + t) * N + i] = weight[i] * v[i];

@@ -3,6 +3,7 @@
   solver = RealtimeSolver(problem, spheres_max=40)                             to a tolerance (interior point)
   solver = RealtimeSolver(problem, 40, al.Settings(iterations=2, gn_steps=2, optimality=0.0))       fixed steps
   solution = solver.solve(x_init, x_ref, u_ref, centers, radii, warm_start)
+  solution = solver.solve_batch(instances, warm_start)                         torch tensors, see batch.py
   solution = solver.solve_cold(x_init, x_ref, u_ref, centers, radii)           where no plan is known
 
 The type of the settings chooses the method. `al.Settings` runs the iterations of deqmpc.solvers.augmented_lagrangian,
