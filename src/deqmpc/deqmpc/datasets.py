@@ -4,6 +4,7 @@ Arrays of a file, N trajectories with S = sum of `lengths` states stored one aft
 
   states (S, n)   controls (S, m), row t leads from state t to t+1   lengths (N,)
   centers, velocity (N, K, d), radii (N, K)       where there are spheres; (S, K, d) where they move
+  restart (N,)    1 where a trajectory begins beside another one instead of as episodes do; left out: nowhere
   about           one JSON text: task, seed, commit, how it was made, share of successes, returns
 
 The released files of the DEQ-MPC authors hold the first three. A window is W consecutive states of one trajectory;
@@ -36,6 +37,11 @@ class Demonstrations:
     velocity: np.ndarray  # as centers, m/s
     radii: np.ndarray  # (N, K) m
     about: dict[str, Any] = field(default_factory=dict)
+    restart: np.ndarray | None = None  # (N,) bool, see above; None: none is
+
+    def __post_init__(self):
+        if self.restart is None:
+            object.__setattr__(self, 'restart', np.zeros(len(self.lengths), dtype=bool))
 
     @property
     def first(self) -> np.ndarray:
@@ -75,9 +81,12 @@ def load(path: str | Path) -> Demonstrations:
     if len(centers) not in (N, S) or velocity.shape != centers.shape or radii.shape != (N, centers.shape[1]):
         raise ValueError(f'{path}: centers {centers.shape}, velocity {velocity.shape}, radii {radii.shape} do not fit '
                          f'{N} trajectories of {S} states')
+    restart = given.get('restart', np.zeros(N)).astype(bool)
+    if restart.shape != (N,):
+        raise ValueError(f'{path}: restart {restart.shape}; expected one number for each of {N} trajectories')
     about = json.loads(str(given['about'])) if 'about' in given else {}
     return Demonstrations(given['states'], given['controls'], given['lengths'].astype(np.int64), centers, velocity,
-                          radii, about)
+                          radii, about, restart)
 
 
 def save(path: str | Path, demonstrations: Demonstrations) -> None:
@@ -86,7 +95,8 @@ def save(path: str | Path, demonstrations: Demonstrations) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix('.part.npz')
     np.savez_compressed(part, states=d.states, controls=d.controls, lengths=d.lengths, centers=d.centers,
-                        velocity=d.velocity, radii=d.radii, about=np.array(json.dumps(d.about)))
+                        velocity=d.velocity, radii=d.radii, restart=d.restart.astype(np.int8),
+                        about=np.array(json.dumps(d.about)))
     os.replace(part, path)
 
 
@@ -108,7 +118,7 @@ def take(demonstrations: Demonstrations, count: int) -> Demonstrations:
     rows = int(d.lengths[:count].sum())
     at = rows if d.moving else count
     return Demonstrations(d.states[:rows], d.controls[:rows], d.lengths[:count], d.centers[:at], d.velocity[:at],
-                          d.radii[:count], d.about)
+                          d.radii[:count], d.about, d.restart[:count])
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,19 @@
 The tasks' reward is exp(2 - c/2) with a small quadratic cost c, so that the largest return is, to first order, the
 least sum of c. A demonstration solves, for a random start x_0 of the task and over T steps of its plant phi,
 
-  min  sum_{t<T} [1/2 |x_t|_Q^2 + 1/2 |u_t - u_ref|_R^2] + 1/2 |x_T|_Qf^2       Q as in c
-  s.t. x_{t+1} = phi(x_t, u_t),  bounds of the task's problem,  |p_t - o_jt| >= r_j + margin + g_j
+  min  sum_{t<T} [1/2 |x_t - goal|_Q^2 + 1/2 |u_t - u_ref|_R^2] + 1/2 |x_T - goal|_Qf^2
+  s.t. x_{t+1} = phi(x_t, u_t),  |x_t| <= limit,  bounds of the task's problem,  |p_t - o_jt| >= r_j + clearance + g_j
 
 with the interior-point method of deqmpc.realtime, from several first guesses; o_jt is where sphere j will be, known
-to the expert. The best answer that passes `check` is kept: exact under the plant, within all bounds, and clear of the
-spheres between the knots too. A sphere that is cut between two knots grows by g_j and the plan is made again.
+to the expert. Constraints on the state are elastic: where there is no room for the clearance, less of it is kept. The
+best answer that passes `check` is taken: exact under the plant, within all bounds, and outside the task's margin of
+the spheres between the knots too. A sphere whose margin is cut grows by g_j and the plan is made again.
+
+Q is that of c, or larger for velocities and rates where the plan is to be flown by a controller that lags.
 
 A policy in closed loop leaves these trajectories, so each of them is joined by `restarts` that begin at a perturbed
-state of it. They may start inside a margin; they have to keep it after `grace` steps and never touch a sphere.
+state of it: beside it, behind it, slower or faster, and some inside the margin of the nearest sphere. They have to be
+outside of margins and within limits after `GRACE` steps, and never touch a sphere.
 
 Trajectory i depends on the seed and i alone. It is saved in a folder beside the output as soon as it is made, so that
 a run that was stopped continues, to the same result. The file is described in deqmpc.datasets.
@@ -20,13 +24,12 @@ a run that was stopped continues, to the same result. The file is described in d
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -47,13 +50,20 @@ Guess = tuple[np.ndarray, np.ndarray]  # x (T+1, n), u (T, m)
 class Recipe:
     """How the demonstrations of a task are planned."""
 
-    Q: tuple[float, ...]  # weights of the state, those of the task's reward
+    Q: tuple[float, ...]  # weights of the state
     R: float  # weight of every input
-    perturbation: tuple[float, ...]  # standard deviation by which restarts leave a trajectory, of every state
     guesses: Callable[[Task, np.ndarray, int, np.random.Generator], Iterator[Guess]]  # (task, x_0, T, random)
     horizon: int  # T, steps that are planned
     length: int  # steps that are kept: fewer, where the end of the plan is short-sighted
-    rest: float  # largest entry of the last state that is kept: inf where spheres move
+    rest: float  # largest distance of any state from the goal at the end of what is kept: inf where spheres move
+    perturbation: tuple[float, ...]  # standard deviation by which restarts leave a trajectory, of every state
+    velocity: int = 6  # index of the first of three linear velocities in the state
+    lag: float = 0.0  # s, standard deviation of the time by which restarts are behind or ahead
+    pace: float = 0.0  # standard deviation of their relative speed
+    near: float = 0.0  # share of them that begins inside a margin
+    limit: tuple[float, ...] = ()  # largest magnitude of every state after the grace; empty: the problem's bounds
+    calm: tuple[float, ...] = ()  # largest magnitude of every state at any time, of plans that are kept
+    clearance: float = 0.0  # m from spheres that is sought; the task's margin is what has to be kept
     final: float = 10.0  # Qf / Q
     elastic: float = 1e4  # largest multiplier of a constraint on the state: a start may violate some
 
@@ -83,7 +93,7 @@ def deflected_lines(task: Task, x: np.ndarray, T: int, random: np.random.Generat
     side = side / max(np.linalg.norm(side), 1e-9) if np.linalg.norm(side) > 1e-6 else np.array([0.0, 1.0, 0.0])
     up = np.cross(side, x[:3] / max(np.linalg.norm(x[:3]), 1e-9)) if np.linalg.norm(x[:3]) > 1e-6 else np.eye(3)[2]
     bends = [0.0 * side, *(0.35 * v for v in (side, -side, up, -up)), *random.normal(scale=0.3, size=(4, 3))]
-    duration = 1.0 + np.abs(x[:3]).max() / 0.8  # s
+    duration = 1.0 + np.abs(x[:3]).max() / 0.6  # s
     s = np.clip(task.dt * np.arange(T + 1) / duration, 0.0, 1.0)[:, None]
     for bend in bends:
         guess = np.zeros((T + 1, len(x)))
@@ -94,11 +104,17 @@ def deflected_lines(task: Task, x: np.ndarray, T: int, random: np.random.Generat
         yield guess, np.ones((T, 4))
 
 
-_CRAZYFLIE = dict(Q=(10.0,) * 6 + (1.0,) * 6, R=0.1, guesses=deflected_lines,
-                  perturbation=(0.03,) * 3 + (0.035,) * 3 + (0.2,) * 3 + (0.7,) * 3)  # 0.035: 8 deg about each axis
+_FREE = float('inf')
+# Flown by the simulated drone's own controller, plans for the reward alone (velocity and rates of weight 1, 1 m/s) came
+# within 0.011 m of a sphere, as they brake late.
+_CRAZYFLIE = dict(Q=(10.0,) * 6 + (4.0,) * 6, R=0.1, guesses=deflected_lines, clearance=0.11, elastic=1e3,
+                  limit=(_FREE,) * 6 + (0.75,) * 3 + (_FREE,) * 3, calm=(_FREE,) * 3 + (0.14, 0.14, _FREE) +
+                  (_FREE,) * 3 + (8.0,) * 3,  # tilt of 32 deg about each of two axes: 45 deg
+                  perturbation=(0.03,) * 3 + (0.025,) * 3 + (0.15,) * 3 + (0.4,) * 3,  # 0.025: 0.1 rad
+                  lag=0.1, pace=0.25, near=0.06)
 RECIPES = {
-    'crazyflie_obs': Recipe(**_CRAZYFLIE, horizon=60, length=60, rest=0.02),
-    'crazyflie_dynobs': Recipe(**_CRAZYFLIE, horizon=100, length=80, rest=float('inf')),
+    'crazyflie_obs': Recipe(**_CRAZYFLIE, horizon=60, length=60, rest=0.03),
+    'crazyflie_dynobs': Recipe(**_CRAZYFLIE, horizon=80, length=60, rest=_FREE),
 }
 
 
@@ -124,18 +140,19 @@ class Planner:
 
     def __init__(self, task: Task, recipe: Recipe):
         self.task, self.recipe = task, recipe
-        self.problem = reweighted(task.problem(recipe.horizon), recipe)
+        self.problem = replanned(task.problem(recipe.horizon), recipe)
         self._solver = RealtimeSolver(self.problem, task.spheres, realtime.Settings(
             tolerance=1e-9, elastic=recipe.elastic, max_steps=200))
         self._between = [RK4(task.equations, f * task.dt) for f in self.fractions]
         self._u_ref = np.tile(task.u_ref.numpy(), (recipe.horizon, 1))
+        self._calm = np.array(recipe.calm or [np.inf] * self.problem.n)
 
     def plan(self, x: torch.Tensor, spheres: Spheres, random: np.random.Generator,
              grace: int = 0) -> tuple[Trajectory | None, str]:
         """The best trajectory found from x (1, n) among `spheres` (of one episode), or None and why there is none."""
         start = x[0].numpy()
         still, _ = self._motion(spheres, np.tile(start, (self.recipe.horizon + 1, 1)))
-        radii = spheres.radii[0].numpy() + self.task.margin
+        radii = spheres.radii[0].numpy() + self.recipe.clearance
         answers = [self._solve(start, still, radii, WarmStart(*guess))
                    for guess in self.recipe.guesses(self.task, start, self.recipe.horizon, random)]
         answers = sorted((a for a in answers if np.isfinite(a.x).all()), key=lambda a: a.cost)
@@ -164,8 +181,12 @@ class Planner:
         return None, reason
 
     def _solve(self, start, centers, radii, warm_start):
-        T, n = self.recipe.horizon, len(start)
-        return self._solver.solve(start, np.zeros((T + 1, n)), self._u_ref, centers, radii, warm_start)
+        goal = np.tile(self._goal_of(warm_start.x[-1]), (self.recipe.horizon + 1, 1))
+        return self._solver.solve(start, goal, self._u_ref, centers, radii, warm_start)
+
+    def _goal_of(self, x):
+        """The goal, angles turned to within half a period of the state x (n,)."""
+        return (self.task.goal + self.task.turns(torch.from_numpy(x) - self.task.goal)).numpy()
 
     def _motion(self, spheres, x) -> tuple[np.ndarray, np.ndarray]:
         """Centres and velocities (T+1, K, d) of the spheres of an episode that goes through the states x (T+1, n)."""
@@ -190,11 +211,14 @@ class Planner:
             gap = np.linalg.norm(p[:, None] - o, axis=-1) - radii - margin[:, None]
             cut = np.maximum(cut, -gap.min(axis=0, initial=np.inf))
         bound = self._bound_violation(x, u, grace)
-        last = np.abs(x[self.recipe.length]).max()
+        last = np.abs(x[self.recipe.length] - self._goal_of(x[self.recipe.length])).max()
+        wild = (np.abs(x[1:]) / self._calm).max()
         if defect > self.tolerance:
             return f'a transition is wrong by {defect:.1e}', cut
         if bound > 1e3 * self.tolerance:
             return f'a bound is violated by {bound:.1e}', cut
+        if wild > 1.0:
+            return f'a state is {wild:.2f} times its calm limit', cut
         if cut.max(initial=0.0) > 1e3 * self.tolerance:
             return f'a margin is cut by {cut.max():.3f} m', cut
         return (f'not at rest at the end: {last:.3f}' if last > self.recipe.rest else ''), cut
@@ -207,15 +231,21 @@ class Planner:
         return float(h.max(initial=0.0))
 
 
-def reweighted(problem: Problem, recipe: Recipe) -> Problem:
-    """`problem` with the weights of a recipe. ValueError where their number is not that of the states."""
-    if not len(recipe.Q) == len(recipe.perturbation) == problem.n:
-        raise ValueError(f'the recipe has {len(recipe.Q)} weights and {len(recipe.perturbation)} perturbations; '
-                         f'expected {problem.n} of each')
-    made = copy.copy(problem)
-    made.Q = torch.tensor(recipe.Q, dtype=torch.float64)
-    made.Qf, made.R = recipe.final * made.Q, torch.full((problem.m,), recipe.R, dtype=torch.float64)
-    return made
+def replanned(problem: Problem, recipe: Recipe) -> Problem:
+    """`problem` with the weights and limits of a recipe. ValueError where their number is not that of the states."""
+    n, m = problem.n, problem.m
+    sizes = {name: len(getattr(recipe, name)) for name in ('Q', 'perturbation', 'limit', 'calm')}
+    if any(size not in ((n, 0) if name in ('limit', 'calm') else (n,)) for name, size in sizes.items()):
+        raise ValueError(f'the recipe has {sizes}; expected {n} numbers each')
+    high = np.full(n + m, np.inf)
+    low = -high
+    for row, limit in zip(problem.sign.numpy(), problem.limit.numpy(), strict=True):
+        (high if row.sum() > 0 else low)[np.flatnonzero(row)] = limit * row.sum()
+    own = np.array(recipe.limit or [np.inf] * n)
+    Q = np.array(recipe.Q)
+    return Problem(problem.equations, problem.dt, problem.horizon, Q=Q, R=[recipe.R] * m, Qf=recipe.final * Q,
+                   u_low=low[n:], u_high=high[n:], x_low=np.maximum(low[:n], -own), x_high=np.minimum(high[:n], own),
+                   position=range(n)[problem.position])
 
 
 # --- one nominal trajectory and its restarts ----------------------------------------------------
@@ -230,44 +260,70 @@ def family(planner: Planner, settings: Settings, index: int) -> Demonstrations:
     generator, random = torch.Generator().manual_seed(int(seeds[0])), np.random.default_rng(seeds[1])
     x, spheres = planner.task.sample(1, generator)
     nominal, reason = planner.plan(x, spheres, random)
-    made, failures = [('nominal', nominal)], [f'nominal {index}: {reason}'] if reason else []
+    made, failures = [nominal], [f'nominal {index}: {reason}'] if reason else []
     for r in range(settings.restarts if nominal else 0):
         state, around = perturbed(planner, nominal, random)
         restart, reason = planner.plan(state, around, random, GRACE)
-        made.append(('restart', restart))
+        made.append(restart)
         failures += [f'restart {index}.{r}: {reason}'] if reason else []
-    return _together(planner.task, [(k, t) for k, t in made if t is not None], failures)
+    return _together(planner.task, [t for t in made if t is not None], failures)
 
 
 def perturbed(planner: Planner, nominal: Trajectory, random: np.random.Generator) -> tuple[torch.Tensor, Spheres]:
     """A state (1, n) beside a random one of `nominal`, and the spheres then. The unperturbed one, where 100 draws are
     all too close to a sphere."""
-    t = int(random.integers(len(nominal.x)))
+    t = int(len(nominal.x) * random.random() ** 2)  # more of them early, before it rests
     at = [torch.from_numpy(np.array(v)[None]) for v in (nominal.centers[t], nominal.velocity[t], nominal.radii)]
-    spheres, x = Spheres(*at), torch.from_numpy(nominal.x[t][None])
+    spheres, x = Spheres(*at), nominal.x[t]
+    near = random.random() < planner.recipe.near
     for _ in range(100):
-        moved = x + torch.from_numpy(random.normal(size=x.shape) * np.array(planner.recipe.perturbation))
-        d = spheres.centers.shape[-1]
-        if not planner.task.failed(moved, spheres).any() and spheres.gap(moved[:, :d]).min() >= START_GAP:
-            return moved, spheres
-    return x, spheres
+        moved = _off_track(planner, x, nominal.u[t], random)
+        if near:
+            _approach(moved, nominal.centers[t], nominal.radii, random.uniform(START_GAP, planner.task.margin),
+                      planner.recipe.velocity)
+        batch = torch.from_numpy(moved[None])
+        if not planner.task.failed(batch, spheres).any() and \
+                spheres.gap(batch[:, :spheres.centers.shape[-1]]).min() >= START_GAP - 1e-9:
+            return batch, spheres
+    return torch.from_numpy(x[None]), spheres
 
 
-def _together(task, made, failures) -> Demonstrations:
-    """Trajectories one after another. Spheres that move are stored for every state, in single precision."""
+def _off_track(planner, x, u, random) -> np.ndarray:
+    """x (n,) at another pace, behind or ahead, and beside."""
+    recipe, task = planner.recipe, planner.task
+    p, moved = planner.problem.position, x + random.normal(size=len(x)) * np.array(recipe.perturbation)
+    moved[p] -= recipe.lag * random.normal() * np.array(task.equations.derivative(x, u))[p]
+    v = slice(recipe.velocity, recipe.velocity + 3)
+    moved[v] += recipe.pace * random.normal() * x[v]
+    return moved
+
+
+def _approach(x, centers, radii, gap, velocity):
+    """Move the position in x (n,) to `gap` from the surface of the nearest sphere, past which it then flies."""
+    away = x[:3] - centers
+    distance = np.linalg.norm(away, axis=1)
+    j = np.argmin(distance - radii)
+    out = away[j] / distance[j]
+    x[:3] = centers[j] + (radii[j] + gap) * out
+    v = x[velocity:velocity + 3]
+    v -= min(v @ out, 0.0) * out
+
+
+def _together(task, trajectories, failures) -> Demonstrations:
+    """Trajectories one after another, in single precision. Spheres that move are stored for every state."""
     def stack(values, shape):
         return np.concatenate(values) if values else np.zeros((0, *shape))
     K, (n, m) = task.spheres, (task.equations.n, task.equations.m)
-    trajectories = [t for _, t in made]
     moving = any(t.velocity.any() for t in trajectories)
     keep = slice(None) if moving else slice(1)
     centers, velocity = (stack([v[keep].astype(np.float32) for v in part], (K, task.spatial)) for part in (
         [t.centers for t in trajectories], [t.velocity for t in trajectories]))
-    about = {'kinds': [kind for kind, _ in made], 'failures': failures,
-             'returns': [episode_return(task, t) for t in trajectories]}
-    return Demonstrations(stack([t.x for t in trajectories], (n,)), stack([t.u for t in trajectories], (m,)),
+    restart = np.arange(len(trajectories)) > 0  # the nominal one is first
+    about = {'failures': failures, 'returns': [episode_return(task, t) for t in trajectories]}
+    return Demonstrations(stack([t.x for t in trajectories], (n,)).astype(np.float32),
+                          stack([t.u for t in trajectories], (m,)).astype(np.float32),
                           np.array([len(t.x) for t in trajectories], dtype=np.int64), centers, velocity,
-                          stack([t.radii[None] for t in trajectories], (K,)), about)
+                          stack([t.radii[None] for t in trajectories], (K,)), about, restart)
 
 
 def episode_return(task: Task, t: Trajectory) -> float:
@@ -296,8 +352,7 @@ def make(settings: Settings, output: Path, processes: int = 1, progress: bool = 
 
 def _claim(parts, settings):
     """Note in the folder what it is for, or see that it is for the same."""
-    own = asdict(settings) | {'recipe': repr({k: v for k, v in asdict(RECIPES[settings.task]).items()
-                                              if k != 'guesses'})}
+    own = asdict(settings) | {'recipe': described(RECIPES[settings.task])}
     del own['trajectories']  # more of them may follow
     note = parts / 'settings.json'
     if note.exists():
@@ -337,18 +392,29 @@ def _make_part(index) -> int:
 
 def join(parts: list[Demonstrations], settings: Settings, command: str = '') -> Demonstrations:
     """All parts as one, with where they come from. ValueError where no plan succeeded at all."""
-    kinds = sum((p.about['kinds'] for p in parts), [])
+    restart = np.concatenate([p.restart for p in parts])
     failures = sum((p.about['failures'] for p in parts), [])
     returns = np.array(sum((p.about['returns'] for p in parts), []))
-    nominal = returns[np.array([kind == 'nominal' for kind in kinds], dtype=bool)]
+    nominal = returns[~restart]
     if not len(nominal):
         raise ValueError(f'{settings.task}: none of {len(parts)} starts led to a plan; {failures[0]}')
     about = asdict(settings) | {
-        'commit': commit(), 'command': command, 'recipe': repr(RECIPES[settings.task]), 'kinds': kinds,
-        'success_share': len(kinds) / (len(kinds) + len(failures)), 'failures': failures,
+        'commit': commit(), 'command': command, 'recipe': described(RECIPES[settings.task]),
+        'success_share': len(restart) / (len(restart) + len(failures)), 'failures': failures,
         'nominal_return_mean': float(nominal.mean()), 'nominal_return_sd': float(nominal.std())}
     return Demonstrations(*(np.concatenate([getattr(p, name) for p in parts]) for name in (
-        'states', 'controls', 'lengths', 'centers', 'velocity', 'radii')), about)
+        'states', 'controls', 'lengths', 'centers', 'velocity', 'radii')), about, restart)
+
+
+def described(recipe: Recipe) -> dict:
+    """A recipe in what JSON knows: functions by name, numbers that are not finite as text."""
+    def plain(value):
+        if isinstance(value, (tuple, list)):
+            return [plain(v) for v in value]
+        if callable(value):
+            return value.__name__
+        return value if not isinstance(value, float) or np.isfinite(value) else str(value)
+    return {f.name: plain(getattr(recipe, f.name)) for f in fields(recipe)}
 
 
 def commit() -> str:
@@ -388,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    about = {k: v for k, v in made.about.items() if k not in ('kinds', 'failures')}
+    about = {k: v for k, v in made.about.items() if k not in ('recipe', 'failures')}
     about |= {'output': str(output), 'demonstrations': len(made.lengths), 'states': len(made.states)}
     print(json.dumps(about) if options.json else
           f'{output}: {len(made.lengths)} demonstrations, {len(made.states)} states; {about["success_share"]:.1%} of '
