@@ -7,7 +7,7 @@ the last but one to the largest, DEQ-MPC gains a larger share of its error than 
 from deqmpc.reproduce import MPC_VARIANTS, Plan, Results, gains, lines
 
 X_LABEL = 'channels of the network'
-HIDDEN = {'smoke': (8, 16), 'small': (16, 32, 64), 'medium': (32, 64, 128, 256)}
+HIDDEN = {'smoke': (16, 32), 'small': (16, 32, 64), 'medium': (32, 64, 128, 256)}
 
 
 def cells(plan: Plan):

@@ -9,9 +9,11 @@ Checks, for each kind of network: at the largest radius the mean return of DEQ-M
 is larger than at the smallest radius; at the largest radius DEQ-MPC fails no more often.
 """
 
-from deqmpc.reproduce import MPC_VARIANTS, Check, Plan, Results, lines, pairs
+from deqmpc.reproduce import MPC_VARIANTS, Check, Column, Plan, Results, lines, pairs
 
 X_LABEL = 'radius of the obstacles, m'
+COLUMNS = (Column('normalised return', 'return'), Column('failures, %', 'failure_share', 100.0),
+           Column('violating plans', 'violating_plans'))
 RADII = {'crazyflie_obs': (0.05, 0.075, 0.1), 'qpole_obs': (0.2, 0.3, 0.4, 0.5)}
 
 

@@ -33,7 +33,9 @@ def checks(results: Results) -> list[Check]:
     variants, best = results.unique('variant'), 0.9 * max(
         results.mean('return', variant=v, x=TASK) for v in results.unique('variant'))
     stable = {v: sum(results.mean('return', variant=v, x=x) >= best for x in results.unique('x')) for v in variants}
-    count = stable.get(OURS, -1)
+    if OURS not in stable:
+        return []
+    count = stable[OURS]
     made = [Check(f'{OURS} is stable at {count} condition numbers, {v} at {stable[v]}', count >= stable[v])
             for v in variants if v != OURS]
     if 'diff_mpc_deq' in stable:

@@ -155,7 +155,8 @@ def test_a_claim_holds_where_all_checks_are_true_partly_from_half_on_and_else_no
         return verdict([Check('', t) for t in truths])
     assert judged(True, True) == 'holds'
     assert judged(True, False) == judged(True, True, False) == 'holds partly'
-    assert judged(False, False) == judged(True, False, False) == judged() == 'does not hold'
+    assert judged(False, False) == judged(True, False, False) == 'does not hold'
+    assert judged() == 'not judged'
 
 
 def test_figure_2_counts_tasks_and_a_nan_never_helps_a_claim():

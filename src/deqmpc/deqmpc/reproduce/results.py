@@ -1,7 +1,8 @@
 """Numbers of an experiment: mean and standard deviation over seeds, table, plot, and whether a claim holds.
 
 A claim is a list of checks, sentences that the numbers make true or false. It holds where all of them are true, holds
-partly where at least half are, and does not hold otherwise. A check on a number that is missing or NaN is false.
+partly where at least half are, and does not hold otherwise. A check on a number that is NaN is false; where variants
+that a claim compares are not there, it has no checks and is not judged.
 """
 
 from __future__ import annotations
@@ -102,10 +103,11 @@ def _cells(values: Sequence[Any]) -> str:
 
 
 def verdict(checks: Sequence[Check]) -> str:
-    """holds, holds partly or does not hold: see the top of the file."""
+    """holds, holds partly, does not hold or not judged: see the top of the file."""
     true = sum(c.true for c in checks)
-    return 'holds' if checks and true == len(checks) else 'holds partly' if 2 * true >= len(checks) > 0 else (
-        'does not hold')
+    if not checks:
+        return 'not judged'
+    return 'holds' if true == len(checks) else 'holds partly' if 2 * true >= len(checks) else 'does not hold'
 
 
 def pairs(results: Results) -> list[tuple[str, str]]:
@@ -149,6 +151,8 @@ def lines(figure: Figure, results: Results, x_label: str, log: bool = False,
         axes.set_xlabel(x_label)
         if log:
             axes.set_xscale('log')
+            axes.set_xticks(results.unique('x'), [f'{x:g}' for x in results.unique('x')])
+            axes.minorticks_off()
     return _panels(figure, results.unique('task'), metrics, panel)
 
 

@@ -197,7 +197,7 @@ def _performed(jobs, processes):
     failures = []
     # spawn: torch's threads do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context('spawn')) as pool:
-        waiting = {pool.submit(perform, *job): job[0] for job in jobs}
+        waiting = {pool.submit(perform, *job): job[3] / job[0].folder(job[2]) for job in jobs}
         for done in concurrent.futures.as_completed(waiting):
             if error := done.exception():
                 failures.append(f'{waiting[done]}: {error}')
@@ -231,7 +231,8 @@ def measure(model: Path, run: Run, test: Test, data: Demonstrations) -> dict[str
     seed = run.training.split_seed
     chosen = evaluation.episodes_of(data, seed)[:test.rollouts]
     x, spheres = data.starts(chosen)
-    spheres = replace(spheres, radii=torch.where(spheres.radii > 0, task.radius, 0.0)) if task.spheres else None
+    radii = torch.where(spheres.radii > 0, torch.full_like(spheres.radii, task.radius), 0.0)
+    spheres = replace(spheres, radii=radii) if task.spheres else None
     expert = float(evaluation.expert_returns(task, data)[chosen].mean())
     found = evaluation.evaluate(task, ModelPlanner(task, learned), x, spheres, expert, steps=test.steps or None)
     return {**asdict(found), **evaluation.validation_error(learned, task, data, seed, windows=test.windows),
