@@ -127,8 +127,8 @@ def expert_returns(task: Task, demonstrations: Demonstrations) -> np.ndarray:
 def episodes_of(demonstrations: Demonstrations, split_seed: int) -> np.ndarray:
     """The trajectories that begin as episodes do (all but restarts), those of the validation split first."""
     train, valid = datasets.split(demonstrations, split_seed)
-    order, kinds = np.concatenate([valid, train]), demonstrations.about.get('kinds')
-    return order if kinds is None else order[np.array(kinds)[order] == 'nominal']
+    order = np.concatenate([valid, train])
+    return order[~demonstrations.restart[order]]
 
 
 def validation_error(model: DeqMpc | NetworkOnly, task: Task, demonstrations: Demonstrations, split_seed: int = 0,

@@ -112,7 +112,7 @@ def test_the_released_quadrotor_experts_return_is_the_published_one():
 
 def test_rollouts_start_with_the_validation_trajectories_and_never_at_a_restart():
     task = tasks.make('quadrotor')
-    d = dataclasses.replace(demonstrations(task, 10), about={'kinds': ['nominal', 'restart'] * 5})
+    d = dataclasses.replace(demonstrations(task, 10), restart=np.array([False, True] * 5))
     _, valid = datasets.split(d, 3, 0.9)
     found = evaluation.episodes_of(d, 3)
     assert sorted(found) == [0, 2, 4, 6, 8]
