@@ -115,7 +115,7 @@ class ModelPlanner:
         x, u_ref, centers, radii, velocity = given
         count = self.iterations if warm_start is None else self.warm_iterations
         return self.model(x, u_ref, centers, radii, warm_start=warm_start, iterations=count or None,
-                          velocity=velocity)
+                          velocity=velocity, finish=True)
 
     def _continued(self, x: Tensor, memory: Memory) -> WarmStart:
         """The last plan one knot on, by whole periods nearest to x."""

@@ -86,6 +86,41 @@ def test_the_first_iterates_gradient_agrees_with_finite_differences(compiled):
     assert slope == pytest.approx(float((values[0] - values[1]) / 2e-5), rel=1e-3)
 
 
+@pytest.mark.parametrize('compiled', [True, False])
+def test_a_finished_plan_obeys_dynamics_and_bounds_where_few_iterations_left_it_short(compiled):
+    deq_mpc = joint(iterations=1, gn_steps=1, al_iterations=1, compiled=compiled)
+    given = situation(B=12)
+    with torch.no_grad():
+        short, whole = deq_mpc(*given).solutions[-1], deq_mpc(*given, finish=True).solutions[-1]
+    assert short.defect.max() > 1e-2
+    assert whole.converged.all() and whole.defect.max() <= 1e-4
+    residual = deq_mpc.problem.defects(deq_mpc.problem.instances(given[0], whole.x, given[1]), whole.x, whole.u)
+    assert residual.abs().max() <= 1e-4
+    assert torch.equal(whole.warm_start.x, whole.x) and (whole.steps > short.steps).all()
+
+
+def test_finishing_leaves_plans_that_have_converged_as_they_are():
+    deq_mpc = joint(al_iterations=8, gn_steps=20)
+    given = situation()
+    with torch.no_grad():
+        plain, finished = deq_mpc(*given).solutions[-1], deq_mpc(*given, finish=True).solutions[-1]
+    assert plain.converged.any()
+    assert torch.equal(plain.x[plain.converged], finished.x[plain.converged])
+
+
+def test_the_controller_finishes_its_plan_as_the_batch_does():
+    deq_mpc = joint(iterations=1, gn_steps=1, al_iterations=1)
+    given = situation(B=3)
+    with torch.no_grad():
+        whole = deq_mpc(*given, finish=True)
+    controller = Controller(deq_mpc)
+    for i in range(3):
+        x, u, centers, radii = (v[i].numpy() for v in given)
+        step = controller.step(x, u, np.repeat(centers[None], T + 1, axis=0), radii)
+        assert step.defect <= 1e-4
+        assert np.allclose(step.x, whole.x[-1][i], atol=1e-4)
+
+
 def test_a_sample_that_is_not_finite_leaves_the_others_and_all_gradients_alone():
     deq_mpc = joint()
     x, u, centers, radii = situation()
@@ -139,8 +174,8 @@ def test_the_controller_plans_what_the_batched_model_plans(method, kind):
     x, u, centers, radii = situation(B=1)
     moving = centers.unsqueeze(1).repeat(1, T + 1, 1, 1)
     with torch.no_grad():
-        cold = deq_mpc(x, u, moving, radii)
-        warm = deq_mpc(x, u, moving, radii, warm_start=cold.warm_start.shifted())
+        cold = deq_mpc(x, u, moving, radii, finish=True)
+        warm = deq_mpc(x, u, moving, radii, warm_start=cold.warm_start.shifted(), finish=True)
     given = [v[0].numpy() for v in (x, u, moving, radii)]
     first = controller.step(*given)
     second = controller.step(*given, first.shifted(1))

@@ -20,6 +20,10 @@ Moving spheres. Given as they are now, with a velocity, they keep it up to the l
 motion network (deqmpc.networks.obstacle_motion), every i begins with o^i = motion(x_init, spheres, tau^{i-1}, o^{i-1}),
 and both the network and the constraints of MPC-m take o^i. For diff_mpc once, from tau^0.
 
+Finish. m AL iterations do not always reach the tolerance. In flight and in rollouts a last plan that has not converged
+is solved on, with the same theta and from where it is, by the interior-point method: what is flown obeys the dynamics
+and bounds. Nothing is finished while gradients are recorded, and validation errors are those of the iterates.
+
 Gradient. Every iterate carries its implicit gradient at its own penalty (smooth early, sharp late); losses are taken
 on all of them:  sum_i |x^i - x_expert|_1 + 0.1 |theta^i - x_expert|_1 [+ mean_j |o_j^i - o_j,true|_1]. Through the
 constraints the plan's own loss reaches the motion network too.
@@ -89,6 +93,10 @@ class Settings:
                            mu_max=self.mu_max, progress=0.0, feasibility=self.tolerance, optimality=self.tolerance,
                            elastic=self.softness, exact_gradient=self.exact_gradient)
 
+    def finisher(self) -> realtime.Settings:
+        """The solver's settings for a last plan that has not converged."""
+        return realtime.Settings(tolerance=self.tolerance, elastic=self.softness)
+
 
 @dataclass(frozen=True)
 class WarmStart:
@@ -152,15 +160,16 @@ class DeqMpc(nn.Module):
         if motion is not None:
             motion.check_fits(problem)
         self.problem, self.network, self.settings, self.motion = problem, network, settings, motion
-        self._realtime: realtime.RealtimeSolver | None = None
+        self._solvers: dict[realtime.Settings | al.Settings, realtime.RealtimeSolver] = {}
 
     def forward(self, x_init: Tensor, u_ref: Tensor, centers: Tensor | None = None, radii: Tensor | None = None,
                 warm_start: WarmStart | None = None, iterations: int | None = None,
-                velocity: Tensor | None = None) -> Iterates:
+                velocity: Tensor | None = None, finish: bool = False) -> Iterates:
         """Plan for a batch. x_init (B, n); u_ref (B, T, m) inputs that cost nothing; radii (B, K) of spheres whose
         centers (B, K, d) stand still or, with `velocity` (B, K, d), move (see the top of the file), or are known at
         every knot, (B, T+1, K, d); all in the solver's type (float64). `warm_start` is taken as it stands: shift it
-        first. `iterations` replaces the settings' N. ValueError for wrong shapes, never an error for numbers."""
+        first. `iterations` replaces the settings' N. `finish` solves last plans that have not converged to the
+        tolerance, on the CPU and without gradient. ValueError for wrong shapes, never an error for numbers."""
         s, T = self.settings, self.problem.horizon
         count = iterations or (s.iterations if warm_start is None else s.warm_iterations)
         if s.method == 'diff_mpc':
@@ -183,6 +192,8 @@ class DeqMpc(nn.Module):
             prediction = self.network(x_init, look_at, data.centers, data.radii, z)
             aim = replace(data, x_ref=prediction.theta.to(x_init.dtype))
             solution = self._solve(aim, start, settings)
+            if finish and i + 1 == count:
+                solution = self._finished(aim, solution)
             made.theta.append(prediction.theta)
             made.x.append(solution.x)
             made.u.append(solution.u)
@@ -201,11 +212,33 @@ class DeqMpc(nn.Module):
         x_init = data.x_init
         if not (self.settings.compiled and x_init.device.type == 'cpu' and x_init.dtype == torch.float64):
             return al.solve(self.problem, data, start, settings)
-        solver, count = self._realtime, data.radii.shape[1]
-        if solver is None or solver.problem is not self.problem or solver.settings != settings or (
-                solver.spheres_max < count):
-            solver = self._realtime = realtime.RealtimeSolver(self.problem, max(count, 64), settings)
-        return solver.solve_batch(data, start)
+        return self._solver(settings, data.radii.shape[1]).solve_batch(data, start)
+
+    @torch.no_grad()
+    def _finished(self, data: Instances, solution: al.Solution) -> al.Solution:
+        """`solution` with its unconverged samples solved on, where that comes nearer to the constraints."""
+        rows = (~solution.converged & torch.isfinite(solution.cost)).nonzero()[:, 0]
+        if len(rows) == 0:
+            return solution
+        solver = self._solver(self.settings.finisher(), data.radii.shape[1])
+        found = solver.solve_batch(data[rows], solution.warm_start[rows])
+        before = torch.maximum(solution.defect[rows], solution.violation[rows])
+        better = found.converged | (torch.maximum(found.defect, found.violation) < before)
+        rows = rows[better]
+
+        def put(name):
+            return getattr(solution, name).index_copy(0, rows, getattr(found, name)[better])
+        changed = {name: put(name) for name in ('x', 'u', 'status', 'defect', 'violation', 'cost')}
+        warm = replace(solution.warm_start, x=changed['x'], u=changed['u'])  # multipliers of another method stay out
+        steps = solution.steps.index_add(0, rows, found.steps[better])
+        return replace(solution, warm_start=warm, steps=steps, **changed)
+
+    def _solver(self, settings: realtime.Settings | al.Settings, spheres: int) -> realtime.RealtimeSolver:
+        """The compiled solver with these settings, kept."""
+        solver = self._solvers.get(settings)
+        if solver is None or solver.problem is not self.problem or solver.spheres_max < spheres:
+            solver = self._solvers[settings] = realtime.RealtimeSolver(self.problem, max(spheres, 64), settings)
+        return solver
 
     def _warm(self, warm_start: WarmStart, data: Instances, settings: al.Settings, count: int) -> al.WarmStart:
         """tau from before, first knot on x_init; multipliers zero; the penalty high enough for what is to come."""
@@ -232,7 +265,12 @@ class Controller:
         self.network = Inference(model.network, storage)
         self.motion = None if model.motion is None else Forecaster(model.motion, storage)
         self._times = self.problem.dt * np.arange(self.problem.horizon + 1)
-        self._solver = realtime.RealtimeSolver(self.problem, 64, self.settings.solver())
+        self._make_solvers(64)
+
+    def _make_solvers(self, spheres_max: int) -> None:
+        s = self.settings
+        self._solver, self._finisher = (realtime.RealtimeSolver(self.problem, spheres_max, settings)
+                                        for settings in (s.solver(), s.finisher()))
 
     def step(self, x_init: np.ndarray, u_ref: np.ndarray, centers: np.ndarray, radii: np.ndarray,
              warm_start: Step | None = None, iterations: int | None = None,
@@ -245,7 +283,7 @@ class Controller:
         if s.method == 'diff_mpc':
             count = 1
         if len(radii) > self._solver.spheres_max:
-            self._solver = realtime.RealtimeSolver(self.problem, 2 * len(radii), s.solver())
+            self._make_solvers(2 * len(radii))
         standing = np.repeat(x_init[None], self.problem.horizon + 1, axis=0)
         if warm_start is None:
             start, z, motion = realtime.WarmStart(standing, u_ref), None, None
@@ -271,6 +309,11 @@ class Controller:
             start = solution.warm_start
             if i + 1 < count and solution.status is not al.Status.CONVERGED:
                 start = start._replace(mu=min(start.mu * s.gamma, s.mu_max))
+        if solution.status is not al.Status.CONVERGED:
+            found = self._finisher.solve(x_init, answer.theta, u_ref, centers, radii, start)
+            steps += found.steps
+            if found.status is al.Status.CONVERGED or found.residual < solution.residual:
+                solution = found
         return Step(solution.x, solution.u, z, answer.theta, solution.status.value, steps, evaluations,
                     solution.defect, solution.violation, motion)
 

@@ -30,8 +30,9 @@ class NetworkOnly(nn.Module):
         self.problem, self.network, self.motion = problem, network, motion
 
     def forward(self, x_init: Tensor, u_ref: Tensor, centers: Tensor | None = None, radii: Tensor | None = None,
-                warm_start: None = None, iterations: int | None = None, velocity: Tensor | None = None) -> Iterates:
-        """One iterate, whose x is theta in the type of x_init."""
+                warm_start: None = None, iterations: int | None = None, velocity: Tensor | None = None,
+                finish: bool = False) -> Iterates:
+        """One iterate, whose x is theta in the type of x_init. There is nothing to `finish`."""
         tau = x_init.unsqueeze(1).expand(-1, self.problem.horizon + 1, -1)
         data = self.problem.instances(x_init, tau, u_ref, at_knots(self.problem, centers, velocity), radii)
         around, motions = data.centers, []
