@@ -76,6 +76,7 @@ class Settings:
     trajectories: int = 400  # nominal ones
     restarts: int = 3  # perturbed ones of each
     seed: int = 0
+    starts: str = ''  # demonstrations from whose first states to start, in their order; empty: the task's own starts
 
     def __post_init__(self):
         if self.task not in RECIPES:
@@ -104,6 +105,37 @@ def deflected_lines(task: Task, x: np.ndarray, T: int, random: np.random.Generat
         yield guess, np.ones((T, 4))
 
 
+def interpolations(task: Task, x: np.ndarray, T: int, random: np.random.Generator) -> Iterator[Guess]:
+    """For quadrotors: staying, and all states moved evenly to the goal in several times. The attitude's MRPs go
+    straight to zero, through 180 degrees where they start in the shadow set."""
+    goal, u = task.goal.numpy(), np.tile(task.u_ref.numpy(), (T, 1))
+    yield np.tile(x, (T + 1, 1)), u
+    for duration in (0.8, 1.5, 3.0):  # s
+        yield _blend(task, x, goal, T, duration), u
+
+
+def swing_ups(task: Task, x: np.ndarray, T: int, random: np.random.Generator) -> Iterator[Guess]:
+    """For a pole: to upright directly and through hanging, at two paces, straight and (among spheres) aside."""
+    goal, u = task.goal.numpy(), np.tile(task.u_ref.numpy(), (T, 1))
+    pole = 6  # index of its angle
+    for turn in (0.0, -2.0 * np.pi if x[pole] < np.pi else 2.0 * np.pi):
+        end = goal.copy()
+        end[pole] += turn
+        for duration in (1.0, 3.0):  # s
+            guess = _blend(task, x, end, T, duration)
+            yield guess, u
+            if task.spheres:
+                s = np.clip(task.dt * np.arange(T + 1) / duration, 0.0, 1.0)[:, None]
+                guess[:, :3] += 4.0 * s * (1.0 - s) * random.normal(size=3)
+                yield guess, u
+
+
+def _blend(task, x, goal, T, duration) -> np.ndarray:
+    """States (T+1, n) from x to the goal in `duration` s, at rest at both ends."""
+    s = np.clip(task.dt * np.arange(T + 1) / duration, 0.0, 1.0)[:, None]
+    return x + s * s * (3.0 - 2.0 * s) * (goal - x)
+
+
 _FREE = float('inf')
 # Flown by the simulated drone's own controller, plans for the reward alone (velocity and rates of weight 1, 1 m/s) came
 # within 0.011 m of a sphere, as they brake late.
@@ -112,9 +144,18 @@ _CRAZYFLIE = dict(Q=(10.0,) * 6 + (4.0,) * 6, R=0.1, guesses=deflected_lines, cl
                   (_FREE,) * 3 + (8.0,) * 3,  # tilt of 32 deg about each of two axes: 45 deg
                   perturbation=(0.03,) * 3 + (0.025,) * 3 + (0.15,) * 3 + (0.4,) * 3,  # 0.025: 0.1 rad
                   lag=0.1, pace=0.25, near=0.06)
+# R of quadrotors is not the reward's 1e-8: this much keeps thrusts from chattering where they hardly matter, and costs
+# no return.
+_QPOLE = dict(Q=(10.0,) * 6 + (80.0,) + (1.0,) * 7, R=1.0, guesses=swing_ups, velocity=7, lag=0.05,
+              perturbation=(0.1,) * 3 + (0.03,) * 3 + (0.1,) + (0.2,) * 7)
 RECIPES = {
     'crazyflie_obs': Recipe(**_CRAZYFLIE, horizon=60, length=60, rest=0.03),
     'crazyflie_dynobs': Recipe(**_CRAZYFLIE, horizon=80, length=60, rest=_FREE),
+    'quadrotor': Recipe(Q=(10.0,) * 6 + (1.0,) * 6, R=0.01, guesses=interpolations, horizon=100, length=100, rest=0.1,
+                        perturbation=(0.1,) * 3 + (0.05,) * 3 + (0.2,) * 6, lag=0.05),
+    'qpole': Recipe(**_QPOLE, horizon=160, length=120, rest=0.1),
+    'qpole_obs': Recipe(**_QPOLE, horizon=160, length=120, rest=0.1, clearance=0.05),
+    'qpole_dynobs': Recipe(**_QPOLE, horizon=160, length=120, rest=_FREE, clearance=0.05),
 }
 
 
@@ -129,6 +170,7 @@ class Trajectory:
     centers: np.ndarray  # (L, K, d) m
     velocity: np.ndarray  # (L, K, d) m/s
     radii: np.ndarray  # (K,) m
+    value: float  # return of an episode along the whole plan, of which L steps are kept
 
 
 class Planner:
@@ -172,8 +214,8 @@ class Planner:
             reason, cut = self.check(answer.x, answer.u, centers, spheres.radii[0].numpy(), grace)
             if not reason:
                 L = self.recipe.length
-                return Trajectory(answer.x[:L], answer.u[:L], centers[:L], velocity[:L],
-                                  spheres.radii[0].numpy()), ''
+                return Trajectory(answer.x[:L], answer.u[:L], centers[:L], velocity[:L], spheres.radii[0].numpy(),
+                                  episode_return(self.task, answer.x[:-1], answer.u)), ''
             radii = radii + np.where(cut > 0.0, cut + 2e-3, 0.0)
             answer = self._solve(start, centers, radii, answer.warm_start)
             if not np.isfinite(answer.x).all():
@@ -258,7 +300,7 @@ def family(planner: Planner, settings: Settings, index: int) -> Demonstrations:
     """Nominal trajectory `index` and its restarts; what failed is told in `about`."""
     seeds = np.random.SeedSequence([settings.seed, index]).generate_state(2)
     generator, random = torch.Generator().manual_seed(int(seeds[0])), np.random.default_rng(seeds[1])
-    x, spheres = planner.task.sample(1, generator)
+    x, spheres = _start(planner.task, settings, index, generator)
     nominal, reason = planner.plan(x, spheres, random)
     made, failures = [nominal], [f'nominal {index}: {reason}'] if reason else []
     for r in range(settings.restarts if nominal else 0):
@@ -267,6 +309,10 @@ def family(planner: Planner, settings: Settings, index: int) -> Demonstrations:
         made.append(restart)
         failures += [f'restart {index}.{r}: {reason}'] if reason else []
     return _together(planner.task, [t for t in made if t is not None], failures)
+
+
+def _start(task, settings, index, generator) -> tuple[torch.Tensor, Spheres]:
+    return datasets.load(settings.starts).starts([index]) if settings.starts else task.sample(1, generator)
 
 
 def perturbed(planner: Planner, nominal: Trajectory, random: np.random.Generator) -> tuple[torch.Tensor, Spheres]:
@@ -319,16 +365,16 @@ def _together(task, trajectories, failures) -> Demonstrations:
     centers, velocity = (stack([v[keep].astype(np.float32) for v in part], (K, task.spatial)) for part in (
         [t.centers for t in trajectories], [t.velocity for t in trajectories]))
     restart = np.arange(len(trajectories)) > 0  # the nominal one is first
-    about = {'failures': failures, 'returns': [episode_return(task, t) for t in trajectories]}
+    about = {'failures': failures, 'returns': [t.value for t in trajectories]}
     return Demonstrations(stack([t.x for t in trajectories], (n,)).astype(np.float32),
                           stack([t.u for t in trajectories], (m,)).astype(np.float32),
                           np.array([len(t.x) for t in trajectories], dtype=np.int64), centers, velocity,
                           stack([t.radii[None] for t in trajectories], (K,)), about, restart)
 
 
-def episode_return(task: Task, t: Trajectory) -> float:
-    """Return of an episode along t, the last state held where the episode is longer."""
-    r = task.reward(torch.from_numpy(t.x), torch.from_numpy(t.u))[:task.steps]
+def episode_return(task: Task, x: np.ndarray, u: np.ndarray) -> float:
+    """Return of an episode along x (L, n), u (L, m), the last state held where the episode is longer."""
+    r = task.reward(torch.from_numpy(x.astype(float)), torch.from_numpy(u.astype(float)))[:task.steps]
     return float(r.sum() + (task.steps - len(r)) * r[-1])
 
 
@@ -340,6 +386,8 @@ def make(settings: Settings, output: Path, processes: int = 1, progress: bool = 
     of other settings."""
     parts = output.with_suffix('.parts')
     _claim(parts, settings)
+    if settings.starts:
+        _check_starts(settings)
     missing = [i for i in range(settings.trajectories) if not _part(parts, i).exists()]
     with tqdm(total=settings.trajectories, initial=settings.trajectories - len(missing), unit='trajectory',
               desc=settings.task, disable=not progress) as bar:
@@ -348,6 +396,14 @@ def make(settings: Settings, output: Path, processes: int = 1, progress: bool = 
     joined = join([datasets.load(_part(parts, i)) for i in range(settings.trajectories)], settings, command)
     datasets.save(output, joined)
     return joined
+
+
+def _check_starts(settings):
+    """ValueError where the file to start from does not fit."""
+    given, n = datasets.load(settings.starts), tasks.make(settings.task).equations.n
+    if len(given.lengths) < settings.trajectories or given.states.shape[1] != n:
+        raise ValueError(f'{settings.starts} has {len(given.lengths)} trajectories of {given.states.shape[1]} numbers; '
+                         f'expected at least {settings.trajectories} of {n}')
 
 
 def _claim(parts, settings):
@@ -401,9 +457,20 @@ def join(parts: list[Demonstrations], settings: Settings, command: str = '') -> 
     about = asdict(settings) | {
         'commit': commit(), 'command': command, 'recipe': described(RECIPES[settings.task]),
         'success_share': len(restart) / (len(restart) + len(failures)), 'failures': failures,
-        'nominal_return_mean': float(nominal.mean()), 'nominal_return_sd': float(nominal.std())}
+        'nominal_return_mean': float(nominal.mean()), 'nominal_return_sd': float(nominal.std()), **_given(settings)}
     return Demonstrations(*(np.concatenate([getattr(p, name) for p in parts]) for name in (
         'states', 'controls', 'lengths', 'centers', 'velocity', 'radii')), about, restart)
+
+
+def _given(settings) -> dict[str, float]:
+    """Returns of the demonstrations whose starts were used."""
+    if not settings.starts:
+        return {}
+    given, task = datasets.load(settings.starts), tasks.make(settings.task)
+    parts = [slice(a, a + length) for a, length in zip(given.first, given.lengths, strict=True)]
+    returns = np.array([episode_return(task, given.states[p], given.controls[p])
+                        for p in parts[:settings.trajectories]])
+    return {'starts_return_mean': float(returns.mean()), 'starts_return_sd': float(returns.std())}
 
 
 def described(recipe: Recipe) -> dict:
@@ -436,6 +503,8 @@ def _arguments(argv) -> argparse.Namespace:
     parser.add_argument('--restarts', type=int, default=Settings.restarts,
                         help='perturbed ones of each (%(default)s)')
     parser.add_argument('--seed', type=int, default=Settings.seed)
+    parser.add_argument('--starts', default='', metavar='FILE',
+                        help="demonstrations from whose first states to start; default: the task's own starts")
     parser.add_argument('--processes', type=int, default=1)
     parser.add_argument('--output', type=Path, help='default: runs/experts/TASK.npz')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a sentence')
@@ -448,15 +517,22 @@ def main(argv: list[str] | None = None) -> int:
     options = _arguments(argv)
     output = options.output or Path('runs/experts') / f'{options.task}.npz'
     try:
-        settings = Settings(options.task, options.trajectories, options.restarts, options.seed)
+        settings = Settings(options.task, options.trajectories, options.restarts, options.seed, options.starts)
         made = make(settings, output, max(options.processes, 1), sys.stderr.isatty(),
                     ' '.join(['deqmpc experts', *argv]))
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     about = {k: v for k, v in made.about.items() if k not in ('recipe', 'failures')}
     about |= {'output': str(output), 'demonstrations': len(made.lengths), 'states': len(made.states)}
-    print(json.dumps(about) if options.json else
-          f'{output}: {len(made.lengths)} demonstrations, {len(made.states)} states; {about["success_share"]:.1%} of '
-          f'the plans succeeded; return {about["nominal_return_mean"]:.1f} +- {about["nominal_return_sd"]:.1f}')
+    print(json.dumps(about) if options.json else _sentence(output, made))
     return 0
+
+
+def _sentence(output, made) -> str:
+    about = made.about
+    beside = (f', of the demonstrations started from {about["starts_return_mean"]:.1f} +- '
+              f'{about["starts_return_sd"]:.1f}' if about['starts'] else '')
+    return (f'{output}: {len(made.lengths)} demonstrations, {len(made.states)} states; {about["success_share"]:.1%} of '
+            f'the plans succeeded; return {about["nominal_return_mean"]:.1f} +- {about["nominal_return_sd"]:.1f}'
+            f'{beside}')

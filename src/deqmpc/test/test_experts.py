@@ -1,6 +1,8 @@
 """Demonstrations: exact, feasible, better than what flies without them, and the same after an interruption."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,3 +175,45 @@ def test_the_command_says_where_demonstrations_come_from(tmp_path, capsys):
     assert told['demonstrations'] == 1 and told['output'] == str(path)
     assert about['command'].startswith('deqmpc experts crazyflie_obs') and about['seed'] == 0 and about['commit']
     assert experts.main(['juggling']) == 2 and "'juggling'" in capsys.readouterr().err
+
+
+def test_quadrotor_demonstrations_flip_and_earn_more_than_the_released_ones_from_the_same_starts(tmp_path):
+    file = released('quadrotor')
+    made = experts.make(experts.Settings('quadrotor', 3, 0, starts=str(file)), tmp_path / 'a.npz')
+    given = datasets.load(file)
+    assert np.allclose(made.states[made.first], given.states[given.first[:3]])
+    assert np.linalg.norm(made.states[made.first, 3:6], axis=1).min() > 1.0  # the shadow set
+    assert np.abs(made.states[made.first + made.lengths - 1]).max() < 0.1
+    assert made.about['nominal_return_mean'] > made.about['starts_return_mean'] + 20.0
+    with pytest.raises(ValueError, match='expected at least 1 of 14'):
+        experts.make(experts.Settings('qpole', 1, 0, starts=str(file)), tmp_path / 'b.npz')
+
+
+def released(name):
+    folder = os.environ.get('DEQMPC_DATA')
+    file = Path(folder or '.') / 'experts' / f'{name}.npz'
+    if not folder or not file.exists():
+        pytest.skip('DEQMPC_DATA has no experts: the released demonstrations are not there')
+    return file
+
+
+@pytest.mark.parametrize('name', ['qpole', 'qpole_obs'])
+def test_the_pole_is_swung_up_and_held_without_touching_a_sphere(name, tmp_path):
+    task, d = tasks.make(name), experts.make(experts.Settings(name, 2, 0), tmp_path / 'a.npz')
+    for _, x, u, spheres in trajectories(d):
+        X = torch.from_numpy(x)
+        assert (task.step(X[:-1], torch.from_numpy(u[:-1])) - X[1:]).abs().max() < 1e-4  # stored in single precision
+        assert (task.wrapped(X[-1]) - task.goal).abs().max() < 0.1
+        assert spheres.gap(X[:, :3]).min() > task.margin - 2e-3
+        assert task.u_low - 1e-6 < u.min() and u.max() < task.u_high + 1e-6
+    assert d.about['nominal_return_mean'] > 0.85 * task.steps * task.best_reward
+
+
+def test_spheres_that_chase_follow_the_demonstration(tmp_path):
+    task, d = tasks.make('qpole_dynobs'), experts.make(experts.Settings('qpole_dynobs', 1, 0), tmp_path / 'a.npz')
+    assert d.moving
+    spheres = d.starts([0])[1]
+    for t, x in enumerate(torch.from_numpy(d.states.astype(float))):
+        spheres = task.move(spheres, x[None]) if t else spheres
+        assert np.abs(spheres.centers[0].numpy() - d.centers[t]).max() < 1e-4
+        assert not task.failed(x[None], spheres)
