@@ -101,24 +101,15 @@ def save(path: str | Path, demonstrations: Demonstrations) -> None:
 
 
 def split(demonstrations: Demonstrations, seed: int, share: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-    """Trajectories to train on and to validate on, by a permutation from `seed`."""
-    order = np.random.default_rng(seed).permutation(len(demonstrations.lengths))
+    """Trajectories to train on and to validate on, by a permutation from `seed`. Restarts stay with the trajectory
+    they follow in the file: they fly among the same spheres."""
+    family = np.maximum(np.cumsum(~demonstrations.restart) - 1, 0)
+    order = np.random.default_rng(seed).permutation(family[-1] + 1)
     if len(order) < 2 or not 0.0 < share < 1.0:
-        raise ValueError(f'{len(order)} trajectories cannot be split with share = {share}; expected at least 2, and a '
-                         f'share between 0 and 1')
-    count = min(max(round(share * len(order)), 1), len(order) - 1)
-    return np.sort(order[:count]), np.sort(order[count:])
-
-
-def take(demonstrations: Demonstrations, count: int) -> Demonstrations:
-    """The first `count` trajectories. ValueError where there are fewer."""
-    d = demonstrations
-    if not 1 <= count <= len(d.lengths):
-        raise ValueError(f'{count} trajectories asked for; expected 1 to {len(d.lengths)}')
-    rows = int(d.lengths[:count].sum())
-    at = rows if d.moving else count
-    return Demonstrations(d.states[:rows], d.controls[:rows], d.lengths[:count], d.centers[:at], d.velocity[:at],
-                          d.radii[:count], d.about, d.restart[:count])
+        raise ValueError(f'{len(order)} trajectories (without restarts) cannot be split with share = {share}; expected '
+                         f'at least 2, and a share between 0 and 1')
+    train = np.isin(family, order[:min(max(round(share * len(order)), 1), len(order) - 1)])
+    return np.flatnonzero(train), np.flatnonzero(~train)
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,17 @@ def test_a_split_uses_every_trajectory_once_and_depends_on_its_seed_only():
     assert not np.array_equal(valid, datasets.split(d, 5)[1])
 
 
+def test_restarts_are_on_the_side_of_the_trajectory_they_began_from():
+    restart = np.array([0, 1, 1, 0, 0, 1, 0, 1] * 5, dtype=bool)
+    d = datasets.Demonstrations(np.zeros((80, 1)), np.zeros((80, 1)), np.full(40, 2), np.zeros((40, 0, 3)),
+                                np.zeros((40, 0, 3)), np.zeros((40, 0)), restart=restart)
+    family = np.cumsum(~restart)
+    for seed in range(5):
+        train, valid = datasets.split(d, seed)
+        assert not set(family[train]) & set(family[valid]) and len(train) + len(valid) == 40
+        assert len(set(family[valid])) == 2
+
+
 def test_every_state_is_drawn_as_often_as_any_other():
     d = datasets.Demonstrations(np.zeros((10, 1)), np.zeros((10, 1)), np.array([2, 3, 5]), np.zeros((3, 0, 3)),
                                 np.zeros((3, 0, 3)), np.zeros((3, 0)))
