@@ -23,8 +23,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from deqmpc.rollouts import Disturbance, GoalChange, Rollouts, rollout
 from deqmpc.tasks import Spheres, Task
 from deqmpc.training.imitation import Settings as TrainingSettings
 from deqmpc.training.imitation import Trainer
+from deqmpc.training.train import commit
 
 VIOLATION = 1e-3  # m or units of the bound: what a plan may leave its constraints by
 BASELINES = {'mpc_only': MpcOnlyPlanner, 'goal': GoalPlanner}
@@ -159,6 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(a.threads)
     try:
         report = run(a)
+        if a.write_card:
+            write_card(Path(a.model), report, sys.argv[1:] if argv is None else argv)
     except (ValueError, FileNotFoundError) as error:
         print(f'deqmpc evaluate-policy: {error}', file=sys.stderr)
         return 1
@@ -193,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
                    help='default: demonstrations where there are any and nothing is set')
     p.add_argument('--split-seed', type=int, help="default: the model card's, or 0")
     p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--write-card', action='store_true', help="add the scores to the model's card")
     p.add_argument('--json', action='store_true')
     return p
 
@@ -201,6 +206,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     """The report of a parsed command line. ValueError and FileNotFoundError say what is wrong."""
     if a.rollouts < 1 or (a.steps is not None and a.steps < 1):
         raise ValueError(f'--rollouts {a.rollouts} --steps {a.steps}; expected integers >= 1')
+    if a.write_card and a.model in BASELINES:
+        raise ValueError(f'--write-card with {a.model}; expected a model folder, which has a card')
     card = {} if a.model in BASELINES else model_folder.load(a.model).card
     name = a.task or card.get('task')
     if name not in tasks.TASKS:
@@ -222,6 +229,26 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     if d is not None and learned is not None:
         report['validation_error'] = validation_error(learned, task, d, split_seed)
     return report
+
+
+_ON_CARD = ('rollouts', 'starts', 'seed', 'mean_return', 'standard_error', 'expert_return', 'normalised',
+            'normalised_error', 'failures', 'failure_low', 'failure_high', 'violating_plans', 'unplanned',
+            'seconds_per_step')
+
+
+def write_card(folder: Path, report: dict[str, Any], argv: list[str]) -> None:
+    """Add the report of a command to a model's card, in place of what the same command has put there before."""
+    made = model_folder.load(folder)
+    command = 'deqmpc evaluate-policy ' + shlex.join(word for word in argv if word != '--write-card')
+    score = {'command': command, 'commit': commit(), **{k: _rounded(report[k]) for k in _ON_CARD}}
+    if 'validation_error' in report:
+        score['validation_error'] = {k: _rounded(v) for k, v in report['validation_error'].items()}
+    others = [s for s in made.card.get('scores', []) if s['command'] != command]
+    model_folder.save(folder, replace(made, card={**made.card, 'scores': [*others, score]}))
+
+
+def _rounded(value):
+    return float(f'{value:.5g}') if isinstance(value, float) else value
 
 
 def _starts(a, task, d, split_seed, generator) -> tuple[Tensor, Spheres, float | None, str]:

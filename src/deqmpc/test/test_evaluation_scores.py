@@ -224,6 +224,15 @@ def test_the_command_scores_a_folder_against_demonstrations(folder, tmp_path, ca
     assert found['unplanned'] == 0 and found['plans'] == 80
 
 
+def test_scores_on_a_card_stand_beside_their_command_once(folder, capsys):
+    path = folder()
+    for steps in (3, 3, 4):
+        found = report(capsys, path, '--steps', steps, '--rollouts', 2, '--write-card')
+    scores = model_folder.load(path).card['scores']
+    assert [s['command'].split('--steps ')[1][0] for s in scores] == ['3', '4']
+    assert scores[1]['mean_return'] == pytest.approx(found['mean_return'], rel=1e-4)
+
+
 def test_the_command_repeats_itself_with_its_seed(folder, capsys):
     given = (folder(), '--steps', 5, '--rollouts', 3, '--noise', 0.01, '--process-noise', 0.01, '--dropout', 0.3)
     one, two, other = (report(capsys, *given, '--seed', seed) for seed in (4, 4, 5))
@@ -250,6 +259,7 @@ def test_set_takes_numbers_of_the_task_only():
     (['absent'], 'absent'), (['goal'], '--task'), (['mpc_only', '--task', 'pendulum'], 'mpc_only flies'),
     (['goal', '--task', 'quadrotor', '--rollouts', '0'], 'rollouts'),
     (['goal', '--task', 'quadrotor', '--dropout', '1.5'], 'dropout'),
+    (['goal', '--task', 'quadrotor', '--write-card'], 'expected a model folder'),
     (['goal', '--task', 'quadrotor', '--starts', 'demonstrations'], '--demonstrations')])
 def test_a_command_that_cannot_run_says_why(argv, said, capsys):
     assert evaluation.main(argv) == 1
