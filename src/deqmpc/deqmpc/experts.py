@@ -11,6 +11,9 @@ to the expert. Constraints on the state are elastic: where there is no room for 
 best answer that passes `check` is taken: exact under the plant, within all bounds, and outside the task's margin of
 the spheres between the knots too. A sphere whose margin is cut grows by g_j and the plan is made again.
 
+Spheres that react to the quadrotor follow the plan, and it is made again among where they went, until both agree. Such
+a plan is followed for `stage` steps and made again from there, as an episode is longer than what can be agreed upon.
+
 Q is that of c, or larger for velocities and rates where the plan is to be flown by a controller that lags.
 
 A policy in closed loop leaves these trajectories, so each of them is joined by `restarts` that begin at a perturbed
@@ -57,6 +60,8 @@ class Recipe:
     length: int  # steps that are kept: fewer, where the end of the plan is short-sighted
     rest: float  # largest distance of any state from the goal at the end of what is kept: inf where spheres move
     perturbation: tuple[float, ...]  # standard deviation by which restarts leave a trajectory, of every state
+    stage: int = 0  # steps after which to plan again, where spheres react to what is flown; 0: never
+    restart_length: int = 0  # steps that are kept of a restart; 0: as of others
     velocity: int = 6  # index of the first of three linear velocities in the state
     lag: float = 0.0  # s, standard deviation of the time by which restarts are behind or ahead
     pace: float = 0.0  # standard deviation of their relative speed
@@ -155,7 +160,7 @@ RECIPES = {
                         perturbation=(0.1,) * 3 + (0.05,) * 3 + (0.2,) * 6, lag=0.05),
     'qpole': Recipe(**_QPOLE, horizon=160, length=120, rest=0.1),
     'qpole_obs': Recipe(**_QPOLE, horizon=160, length=120, rest=0.1, clearance=0.05),
-    'qpole_dynobs': Recipe(**_QPOLE, horizon=160, length=120, rest=_FREE, clearance=0.05),
+    'qpole_dynobs': Recipe(**_QPOLE, horizon=100, length=200, rest=_FREE, clearance=0.15, stage=25, restart_length=50),
 }
 
 
@@ -189,38 +194,67 @@ class Planner:
         self._u_ref = np.tile(task.u_ref.numpy(), (recipe.horizon, 1))
         self._calm = np.array(recipe.calm or [np.inf] * self.problem.n)
 
-    def plan(self, x: torch.Tensor, spheres: Spheres, random: np.random.Generator,
-             grace: int = 0) -> tuple[Trajectory | None, str]:
-        """The best trajectory found from x (1, n) among `spheres` (of one episode), or None and why there is none."""
-        start = x[0].numpy()
+    def plan(self, x: torch.Tensor, spheres: Spheres, random: np.random.Generator, grace: int = 0,
+             length: int = 0) -> tuple[Trajectory | None, str]:
+        """The best trajectory found from x (1, n) among `spheres` (of one episode), or None and why there is none.
+        `length` replaces the recipe's."""
+        length, parts, before, done = length or self.recipe.length, [], None, 0
+        radii = spheres.radii
+        while done < length:
+            stage, reason = self._stage(x, spheres, random, 0 if done else grace, before)
+            if stage is None:
+                return None, f'after {done} steps: {reason}' if done else reason
+            plan, centers, velocity = stage
+            k = min(self.recipe.stage or length, length - done)
+            parts.append((plan.x[:k], plan.u[:k], centers[:k], velocity[:k]))
+            done, before = done + k, plan.warm_start.shifted(k)
+            x = torch.from_numpy(plan.x[k][None])
+            spheres = Spheres(*(torch.from_numpy(v[k][None]) for v in (centers, velocity)), radii)
+        kept = [np.concatenate(v) for v in zip(*parts, strict=True)]
+        value = episode_return(self.task, *(np.concatenate(v) for v in (
+            (kept[0], plan.x[k:-1]), (kept[1], plan.u[k:]))))
+        return Trajectory(*kept, radii[0].numpy(), value), ''
+
+    def _stage(self, x, spheres, random, grace, before):
+        """One plan that passes, with the spheres' motion, or None and a reason: what was planned `before`, continued;
+        else the best one from the guesses."""
+        start, radii = x[0].numpy(), spheres.radii[0].numpy() + self.recipe.clearance
+        if before is not None:
+            found, reason = self._refined(start, spheres, radii, self._among(start, spheres, radii, before), grace)
+            if found is not None:
+                return found, ''
         still, _ = self._motion(spheres, np.tile(start, (self.recipe.horizon + 1, 1)))
-        radii = spheres.radii[0].numpy() + self.recipe.clearance
         answers = [self._solve(start, still, radii, WarmStart(*guess))
                    for guess in self.recipe.guesses(self.task, start, self.recipe.horizon, random)]
-        answers = sorted((a for a in answers if np.isfinite(a.x).all()), key=lambda a: a.cost)
+        answers = sorted((a for a in answers if np.isfinite(a.x).all()),
+                         key=lambda a: (a.defect > self.tolerance, a.cost))
         reason = 'no guess led to a finite plan'
         for i, answer in enumerate(answers):
-            if i and answer.cost <= answers[i - 1].cost * (1.0 + 1e-6):
+            if i and abs(answer.cost - answers[i - 1].cost) <= 1e-6 * answer.cost:
                 continue  # the same plan again
-            found, reason = self._refined(start, spheres, radii.copy(), answer, grace)
+            found, reason = self._refined(start, spheres, radii, answer, grace)
             if found is not None:
                 return found, ''
         return None, reason
 
-    def _refined(self, start, spheres, radii, answer, grace) -> tuple[Trajectory | None, str]:
-        """The plan made again among spheres that move as they do beside it and are grown where they were cut."""
+    def _refined(self, start, spheres, radii, answer, grace):
+        """The plan made again among spheres that move as they do beside it and are grown where they were cut, with
+        their centres and velocities; or None and a reason."""
+        N, reason = self.recipe.stage or self.recipe.horizon, 'a plan is not finite'
         for _ in range(self.rounds):
+            if not np.isfinite(answer.x).all():
+                break
             centers, velocity = self._motion(spheres, answer.x)
-            reason, cut = self.check(answer.x, answer.u, centers, spheres.radii[0].numpy(), grace)
+            reason, cut = self.check(answer.x[:N + 1], answer.u[:N], centers[:N + 1], spheres.radii[0].numpy(), grace)
             if not reason:
-                L = self.recipe.length
-                return Trajectory(answer.x[:L], answer.u[:L], centers[:L], velocity[:L], spheres.radii[0].numpy(),
-                                  episode_return(self.task, answer.x[:-1], answer.u)), ''
+                return (answer, centers, velocity), ''
             radii = radii + np.where(cut > 0.0, cut + 2e-3, 0.0)
             answer = self._solve(start, centers, radii, answer.warm_start)
-            if not np.isfinite(answer.x).all():
-                return None, 'a plan among grown spheres is not finite'
         return None, reason
+
+    def _among(self, start, spheres, radii, warm_start):
+        """The plan among spheres that move as they do beside the warm start."""
+        return self._solve(start, self._motion(spheres, warm_start.x)[0], radii, warm_start)
 
     def _solve(self, start, centers, radii, warm_start):
         goal = np.tile(self._goal_of(warm_start.x[-1]), (self.recipe.horizon + 1, 1))
@@ -253,7 +287,8 @@ class Planner:
             gap = np.linalg.norm(p[:, None] - o, axis=-1) - radii - margin[:, None]
             cut = np.maximum(cut, -gap.min(axis=0, initial=np.inf))
         bound = self._bound_violation(x, u, grace)
-        last = np.abs(x[self.recipe.length] - self._goal_of(x[self.recipe.length])).max()
+        end = x[min(self.recipe.length, len(u))]
+        last = np.abs(end - self._goal_of(end)).max()
         wild = (np.abs(x[1:]) / self._calm).max()
         if defect > self.tolerance:
             return f'a transition is wrong by {defect:.1e}', cut
@@ -305,7 +340,7 @@ def family(planner: Planner, settings: Settings, index: int) -> Demonstrations:
     made, failures = [nominal], [f'nominal {index}: {reason}'] if reason else []
     for r in range(settings.restarts if nominal else 0):
         state, around = perturbed(planner, nominal, random)
-        restart, reason = planner.plan(state, around, random, GRACE)
+        restart, reason = planner.plan(state, around, random, GRACE, planner.recipe.restart_length)
         made.append(restart)
         failures += [f'restart {index}.{r}: {reason}'] if reason else []
     return _together(planner.task, [t for t in made if t is not None], failures)
