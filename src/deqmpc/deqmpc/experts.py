@@ -66,6 +66,8 @@ class Recipe:
     lag: float = 0.0  # s, standard deviation of the time by which restarts are behind or ahead
     pace: float = 0.0  # standard deviation of their relative speed
     near: float = 0.0  # share of them that begins inside a margin
+    home: float = 0.0  # share of them that begins at rest beside the goal
+    beside: float = 0.2  # m, standard deviation of these along each axis
     limit: tuple[float, ...] = ()  # largest magnitude of every state after the grace; empty: the problem's bounds
     calm: tuple[float, ...] = ()  # largest magnitude of every state at any time, of plans that are kept
     clearance: float = 0.0  # m from spheres that is sought; the task's margin is what has to be kept
@@ -148,7 +150,8 @@ _CRAZYFLIE = dict(Q=(10.0,) * 6 + (4.0,) * 6, R=0.1, guesses=deflected_lines, cl
                   limit=(_FREE,) * 6 + (0.75,) * 3 + (_FREE,) * 3, calm=(_FREE,) * 3 + (0.14, 0.14, _FREE) +
                   (_FREE,) * 3 + (8.0,) * 3,  # tilt of 32 deg about each of two axes: 45 deg
                   perturbation=(0.03,) * 3 + (0.025,) * 3 + (0.15,) * 3 + (0.4,) * 3,  # 0.025: 0.1 rad
-                  lag=0.1, pace=0.25, near=0.06)
+                  lag=0.1, pace=0.25, near=0.06,
+                  home=0.25)  # a policy that never saw them holds 0.1 m off, where its plans hardly move
 # R of quadrotors is not the reward's 1e-8: this much keeps thrusts from chattering where they hardly matter, and costs
 # no return.
 _QPOLE = dict(Q=(10.0,) * 6 + (80.0,) + (1.0,) * 7, R=1.0, guesses=swing_ups, velocity=7, lag=0.05,
@@ -353,13 +356,16 @@ def _start(task, settings, index, generator) -> tuple[torch.Tensor, Spheres]:
 def perturbed(planner: Planner, nominal: Trajectory, random: np.random.Generator) -> tuple[torch.Tensor, Spheres]:
     """A state (1, n) beside a random one of `nominal`, and the spheres then. The unperturbed one, where 100 draws are
     all too close to a sphere."""
-    t = int(len(nominal.x) * random.random() ** 2)  # more of them early, before it rests
+    home = random.random() < planner.recipe.home
+    t = len(nominal.x) - 1 if home else int(len(nominal.x) * random.random() ** 2)  # more early, before it rests
     at = [torch.from_numpy(np.array(v)[None]) for v in (nominal.centers[t], nominal.velocity[t], nominal.radii)]
     spheres, x = Spheres(*at), nominal.x[t]
     near = random.random() < planner.recipe.near
     for _ in range(100):
         moved = _off_track(planner, x, nominal.u[t], random)
-        if near:
+        if home:
+            moved[planner.problem.position] += planner.recipe.beside * random.normal(size=3)
+        elif near:
             _approach(moved, nominal.centers[t], nominal.radii, random.uniform(START_GAP, planner.task.margin),
                       planner.recipe.velocity)
         batch = torch.from_numpy(moved[None])
