@@ -474,16 +474,19 @@ def _run(settings, parts, indices, processes) -> Iterator[int]:
         yield from pool.imap_unordered(_make_part, indices)
 
 
-_worker: dict = {}  # of this process: planner, settings, folder
+_worker: dict = {}  # of this process: planner, settings, folder, commit of the code that it runs
 
 
 def _prepare(settings, parts):
     torch.set_num_threads(1)
-    _worker.update(planner=Planner(tasks.make(settings.task), RECIPES[settings.task]), settings=settings, parts=parts)
+    _worker.update(planner=Planner(tasks.make(settings.task), RECIPES[settings.task]), settings=settings, parts=parts,
+                   commit=commit())
 
 
 def _make_part(index) -> int:
-    datasets.save(_part(_worker['parts'], index), family(_worker['planner'], _worker['settings'], index))
+    made = family(_worker['planner'], _worker['settings'], index)
+    made.about['commit'] = _worker['commit']
+    datasets.save(_part(_worker['parts'], index), made)
     return index
 
 
@@ -496,7 +499,7 @@ def join(parts: list[Demonstrations], settings: Settings, command: str = '') -> 
     if not len(nominal):
         raise ValueError(f'{settings.task}: none of {len(parts)} starts led to a plan; {failures[0]}')
     about = asdict(settings) | {
-        'commit': commit(), 'command': command, 'recipe': described(RECIPES[settings.task]),
+        'commit': ' '.join(sorted({p.about['commit'] for p in parts})), 'command': command, 'recipe': described(RECIPES[settings.task]),
         'success_share': len(restart) / (len(restart) + len(failures)), 'failures': failures,
         'nominal_return_mean': float(nominal.mean()), 'nominal_return_sd': float(nominal.std()), **_given(settings)}
     return Demonstrations(*(np.concatenate([getattr(p, name) for p in parts]) for name in (

@@ -117,8 +117,11 @@ def test_an_interrupted_run_continues_to_the_same_result(demonstrations, tmp_pat
         experts.make(settings, path)
     assert not path.exists() and len(list(path.with_suffix('.parts').glob('*.npz'))) == 1
     monkeypatch.setattr(experts, '_make_part', make_part)
+    first, now = datasets.load(next(path.with_suffix('.parts').glob('*.npz'))).about['commit'], 'another'
+    monkeypatch.setattr(experts, 'commit', lambda: now)
     continued, whole = experts.make(settings, path), demonstrations['crazyflie_obs']
     assert_same(continued, whole)
+    assert set(continued.about['commit'].split()) == {first, now}
     assert_same(datasets.load(path), whole)
 
 
