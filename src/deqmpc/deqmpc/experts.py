@@ -499,7 +499,8 @@ def join(parts: list[Demonstrations], settings: Settings, command: str = '') -> 
     if not len(nominal):
         raise ValueError(f'{settings.task}: none of {len(parts)} starts led to a plan; {failures[0]}')
     about = asdict(settings) | {
-        'commit': ' '.join(sorted({p.about['commit'] for p in parts})), 'command': command, 'recipe': described(RECIPES[settings.task]),
+        'commit': ' '.join(sorted({p.about['commit'] for p in parts})), 'command': command,
+        'recipe': described(RECIPES[settings.task]),
         'success_share': len(restart) / (len(restart) + len(failures)), 'failures': failures,
         'nominal_return_mean': float(nominal.mean()), 'nominal_return_sd': float(nominal.std()), **_given(settings)}
     return Demonstrations(*(np.concatenate([getattr(p, name) for p in parts]) for name in (
