@@ -145,8 +145,8 @@ def _blend(task, x, goal, T, duration) -> np.ndarray:
 
 _FREE = float('inf')
 # Flown by the simulated drone's own controller, plans for the reward alone (velocity and rates of weight 1, 1 m/s) came
-# within 0.011 m of a sphere, as they brake late: velocity has more weight here. Rates have less: with weight 4 the first
-# tenth of a second of the way back from 0.1 m off asks for 2 mm/s, and a flown policy that learned it stays there.
+# within 0.011 m of a sphere, as they brake late: velocity has more weight here. Rates have less: with weight 4 the
+# first 0.1 s of the way back from 0.1 m off ask for 2 mm/s, and a flown policy that learned it stays there.
 _CRAZYFLIE = dict(Q=(10.0,) * 6 + (3.0,) * 3 + (0.2,) * 3, R=0.1, guesses=deflected_lines, clearance=0.11, elastic=1e3,
                   limit=(_FREE,) * 6 + (0.75,) * 3 + (_FREE,) * 3, calm=(_FREE,) * 3 + (0.14, 0.14, _FREE) +
                   (_FREE,) * 3 + (8.0,) * 3,  # tilt of 32 deg about each of two axes: 45 deg
