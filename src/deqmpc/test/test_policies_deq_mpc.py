@@ -286,6 +286,32 @@ def test_turning_the_world_turns_the_plan(folder):
     assert other.acceleration == pytest.approx(plan.acceleration @ turn.T, abs=2e-2)
 
 
+def test_the_aim_moves_against_a_lasting_offset_up_to_its_limit_and_only_near_the_goal(folder):
+    policy = DeqMpcPolicy.from_settings({'model': str(folder), 'integral': 0.5, 'integral_limit': 0.04})
+
+    def shift_after(offset, calls):
+        warm = None
+        for k in range(calls):
+            state = hovering(0.1 * k, np.array([0.0, 0.0, 1.0]) + offset)
+            _, warm, _ = policy.plan(state, Obstacles.none(), warm)
+        return warm.shift
+    assert shift_after(np.array([0.1, 0.0, 0.0]), 1) == pytest.approx([0.0, 0.0, 0.0])
+    assert shift_after(np.array([0.1, 0.0, -0.05]), 5) == pytest.approx([-0.02, 0.0, 0.01])  # 4 times 0.5 x 0.1 s
+    assert shift_after(np.array([0.1, 0.0, 0.0]), 30) == pytest.approx([-0.04, 0.0, 0.0])
+    assert shift_after(np.array([0.5, 0.0, 0.0]), 5) == pytest.approx([0.0, 0.0, 0.0])
+
+
+def test_a_moved_aim_leaves_the_spheres_where_they_are_in_the_world(folder):
+    """With the goal elsewhere, and the aim moved back by as much, everything is as without either."""
+    plain = DeqMpcPolicy.from_settings({'model': str(folder), 'integral': 0.0})
+    moved = DeqMpcPolicy.from_settings({'model': str(folder), 'goal': (0.05, 0.0, 1.0, 0.0), 'integral': 0.0})
+    state = hovering(position=[0.2, 0.3, 1.0])
+    plan, warm, _ = plain.plan(state, spheres())
+    again = plain.plan(state, spheres(), warm)[0]
+    shifted = moved.plan(state, spheres(), dataclasses.replace(warm, shift=np.array([-0.05, 0.0, 0.0])))[0]
+    assert shifted.position == pytest.approx(again.position, abs=1e-6)
+
+
 def test_a_policy_refuses_numbers_that_are_not_finite_and_starts_cold_after_a_jump(folder):
     policy = DeqMpcPolicy.from_settings({'model': str(folder)})
     plan, warm, status = policy.plan(hovering(), spheres())

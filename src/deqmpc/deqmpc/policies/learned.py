@@ -5,6 +5,11 @@ there. Its dynamics are those of the Crazyflie (deqmpc.dynamics.crazyflie), its 
 Spheres keep their velocity up to the last knot, or move as the model's motion network says, where it has one
 (deqmpc.networks.obstacle_motion); every radius grows by `margin`.
 
+Offset-free hovering. Every plan starts at the measured state, so a force that the model does not know (a trim error,
+wind) is met only by what the plan asks for beside the goal, and the drone rests off it. Near the goal the aim g + b,
+in whose frame everything is planned, therefore integrates the error: b <- clip(b + integral dt (g - p), limit).
+Spheres stay where they are in the world; the floor moves by b.
+
 A warm start is the last plan, shifted by the knots that have passed since; where it does not fit the new state (a jump,
 another set of MRPs, too long ago) the call starts cold.
 """
@@ -12,7 +17,7 @@ another set of MRPs, too long ago) the call starts cold.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,11 +43,14 @@ class Settings:
     iterations: int = 0  # of a cold start; 0: the model's
     warm_iterations: int = 0  # of a warm-started step; 0: the model's
     storage: str = 'float32'  # of the network's weights: float32 or float16
+    integral: float = 0.4  # 1/s, how fast the aim moves against a lasting offset; 0: never
+    integral_limit: float = 0.1  # m, farthest that it moves along each axis
+    integral_radius: float = 0.3  # m from the goal within which it moves, below as many m/s
     tolerance: float = 1e-2  # largest defect and input-bound violation of a plan that may be flown
     airframe: str = ''  # YAML file of deqmpc.airframe; empty: its defaults
 
     def __post_init__(self):
-        for name in ('margin', 'tolerance'):
+        for name in ('margin', 'tolerance', 'integral', 'integral_limit', 'integral_radius'):
             if not 0.0 <= getattr(self, name) < 1e3:
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number >= 0')
         for name in ('iterations', 'warm_iterations'):
@@ -111,6 +119,7 @@ class WarmStart:
 
     stamp: float  # s
     step: Step
+    shift: np.ndarray = field(default_factory=lambda: np.zeros(3))  # b, (3,) m, world
 
 
 class LearnedPolicy:
@@ -157,10 +166,12 @@ class LearnedPolicy:
         if not all(np.isfinite(v).all() for v in (obstacles.position, obstacles.radius, obstacles.velocity,
                                                   obstacles.stamp)):
             return refused('an obstacle is not finite')
-        x_init = self._state(state)
+        shift = self._aim_shift(state, warm_start)
+        aim = self._goal + shift
+        x_init = self._state(state, aim)
         times = self.dt * np.arange(self.horizon + 1)
         age = state.stamp - obstacles.stamp if obstacles.velocity.any() else 0.0  # s
-        centers = (obstacles.position + age * obstacles.velocity - self._goal) @ self._turn.T  # (K, 3) now
+        centers = (obstacles.position + age * obstacles.velocity - aim) @ self._turn.T  # (K, 3) now
         step = self.controller.step(x_init, self._u_ref, centers, obstacles.radius + self.settings.margin,
                                     self._shifted(state.stamp, x_init, warm_start),
                                     velocity=obstacles.velocity @ self._turn.T)
@@ -168,12 +179,22 @@ class LearnedPolicy:
             return None, None, PolicyStatus(False, step.message, step.steps, float('nan'))
         residual = max(step.defect, self._input_violation(step.u))
         report = PolicyStatus(bool(residual <= self.settings.tolerance), step.message, step.steps, residual)
-        return self._plan(state, times, step), WarmStart(state.stamp, step), report
+        return self._plan(state, times, step, aim), WarmStart(state.stamp, step, shift), report
 
-    def _state(self, state: RigidBodyState) -> np.ndarray:
-        """Model state (12,) in the goal's frame."""
+    def _aim_shift(self, state: RigidBodyState, warm_start: WarmStart | None) -> np.ndarray:
+        """b (3,), see the top of the file; zero after a break."""
+        if warm_start is None:
+            return np.zeros(3)
+        s, error = self.settings, self._goal - state.position
+        dt = min(max(state.stamp - warm_start.stamp, 0.0), self.dt)
+        if max(np.linalg.norm(error), np.linalg.norm(state.velocity)) > s.integral_radius:
+            return warm_start.shift
+        return np.clip(warm_start.shift + s.integral * dt * error, -s.integral_limit, s.integral_limit)
+
+    def _state(self, state: RigidBodyState, aim: np.ndarray) -> np.ndarray:
+        """Model state (12,) in the goal's frame, its origin at `aim`."""
         q = rotation.multiply(rotation.conjugate(self._unturn), rotation.normalize(state.quaternion))
-        return np.concatenate([self._turn @ (state.position - self._goal), rotation.mrp_from_quaternion(q),
+        return np.concatenate([self._turn @ (state.position - aim), rotation.mrp_from_quaternion(q),
                                self._turn @ state.velocity, state.rates])
 
     def _shifted(self, stamp, x_init, warm_start) -> Step | None:
@@ -196,10 +217,10 @@ class LearnedPolicy:
         """(T+1, 3) m/s^2 in the goal's frame. The last knot has no input of its own; it keeps the one before."""
         return np.stack(self.problem.equations.derivative(x.T, np.vstack([u, u[-1:]]).T)[6:9], axis=-1)
 
-    def _plan(self, state, times, step) -> Plan:
+    def _plan(self, state, times, step, aim) -> Plan:
         back, x = self._turn.T, step.x.copy()
-        x[0] = self._state(state)
+        x[0] = self._state(state, aim)
         quaternion = rotation.multiply(self._unturn, rotation.quaternion_from_mrp(x[:, 3:6]))
-        return Plan(stamp=state.stamp, time_from_start=times, position=x[:, :3] @ back.T + self._goal,
+        return Plan(stamp=state.stamp, time_from_start=times, position=x[:, :3] @ back.T + aim,
                     quaternion=rotation.normalize(quaternion), velocity=x[:, 6:9] @ back.T,
                     rates=x[:, 9:12].copy(), acceleration=self._acceleration(x, step.u) @ back.T)
