@@ -59,7 +59,7 @@ def test_settings_in_process_are_those_of_the_nodes(tmp_path):
     path.write_text('/**:\n  policy:\n    ros__parameters: {rate: 20, goal: [0.5, 0.0, 1.2, 0.1]}\n')
     row = next(r for r in compose('sim', {'params': str(path)}) if r.name == 'policy')
     s = settings_of(row, PolicySettings)
-    assert (s.rate, s.goal, s.policy) == (20.0, [0.5, 0.0, 1.2, 0.1], 'mpc_only')
+    assert (s.rate, s.goal, s.policy) == (20.0, [0.5, 0.0, 1.2, 0.1], 'deq_mpc_deq')
     path.write_text('/**:\n  policy:\n    ros__parameters: {rat: 20}\n')
     with pytest.raises(SettingsError, match='/cf1/policy: unknown parameter rat'):
         settings_of(row, PolicySettings)
