@@ -99,6 +99,19 @@ def test_a_finished_plan_obeys_dynamics_and_bounds_where_few_iterations_left_it_
     assert torch.equal(whole.warm_start.x, whole.x) and (whole.steps > short.steps).all()
 
 
+def test_a_plan_from_beyond_a_soft_bound_is_finished_where_the_bound_gives_way():
+    problem = CrazyflieProblem().build(Airframe(), DT, T, floor=0.0)
+    deq_mpc = DeqMpc(problem, network(), Settings(softness=300.0, iterations=1, gn_steps=1, al_iterations=1))
+    x, u, centers, radii = situation(B=3)
+    x[:, 2], centers = -0.15, centers + 9.0  # m below the floor, too far to be above it at the first knot
+    with torch.no_grad():
+        solution = deq_mpc(x, u, centers, radii, finish=True).solutions[-1]
+    assert solution.defect.max() <= 1e-4 and (solution.violation > 0.01).all()
+    step = Controller(deq_mpc).step(*(v[0].numpy() for v in (x, u)), np.repeat(centers[0].numpy()[None], T + 1, axis=0),
+                                    radii[0].numpy())
+    assert step.defect <= 1e-4
+
+
 def test_finishing_leaves_plans_that_have_converged_as_they_are():
     deq_mpc = joint(al_iterations=8, gn_steps=20)
     given = situation()

@@ -97,6 +97,11 @@ class Settings:
         """The solver's settings for a last plan that has not converged."""
         return realtime.Settings(tolerance=self.tolerance, elastic=self.softness)
 
+    def ends(self) -> tuple[al.Status, ...]:
+        """With which the finisher has found a minimiser; INFEASIBLE: one in which soft constraints give way."""
+        soft = self.softness < float('inf')
+        return (al.Status.CONVERGED, al.Status.INFEASIBLE) if soft else (al.Status.CONVERGED,)
+
 
 @dataclass(frozen=True)
 class WarmStart:
@@ -223,7 +228,8 @@ class DeqMpc(nn.Module):
         solver = self._solver(self.settings.finisher(), data.radii.shape[1])
         found = solver.solve_batch(data[rows], solution.warm_start[rows])
         before = torch.maximum(solution.defect[rows], solution.violation[rows])
-        better = found.converged | (torch.maximum(found.defect, found.violation) < before)
+        ended = torch.isin(found.status, torch.tensor([al.STATUS.index(status) for status in self.settings.ends()]))
+        better = ended | (torch.maximum(found.defect, found.violation) < before)
         rows = rows[better]
 
         def put(name):
@@ -312,7 +318,7 @@ class Controller:
         if solution.status is not al.Status.CONVERGED:
             found = self._finisher.solve(x_init, answer.theta, u_ref, centers, radii, start)
             steps += found.steps
-            if found.status is al.Status.CONVERGED or found.residual < solution.residual:
+            if found.status in s.ends() or found.residual < solution.residual:
                 solution = found
         return Step(solution.x, solution.u, z, answer.theta, solution.status.value, steps, evaluations,
                     solution.defect, solution.violation, motion)
