@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
     if _rank():
         return folder / 'model'
     found = trainer.validate(a.windows)
-    card = {**about, 'command': 'deqmpc train ' + shlex.join(argv), 'commit': commit(),
+    card = {**about, 'command': 'deqmpc train ' + shlex.join(_without_out(argv)), 'commit': commit(),
             'demonstrations': {'path': path.name, **{k: v for k, v in demonstrations.about.items()
                                                      if not isinstance(v, list)}},
             'validation': {'windows': a.windows, 'cold': round(found.cold, 4), 'streamed': round(found.streamed, 4)}}
@@ -207,6 +207,12 @@ def _numbers(given: list[str], option: str) -> dict[str, float | int | bool]:
         except ValueError:
             raise ValueError(f'{option} {text!r}; expected NAME=NUMBER') from None
     return made
+
+
+def _without_out(argv: list[str]) -> list[str]:
+    """The words of a command but for `--out FOLDER`: where a model was made is nobody's business."""
+    kept = [word for word in argv if not word.startswith('--out=')]
+    return [word for before, word in zip(['', *kept], kept, strict=False) if '--out' not in (before, word)]
 
 
 class _processes:
