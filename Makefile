@@ -37,6 +37,7 @@ bench: $(STAMP)  ## solvers against peers from PyPI, the network, a training ste
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps mpc
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solver.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/solver.py --sweep
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/network.py --peers
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/network.py --step
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/riccati.py
 	$(BIN)/python benchmarks/training_step.py
