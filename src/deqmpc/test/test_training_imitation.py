@@ -165,6 +165,21 @@ def test_the_command_trains_saves_a_model_with_its_card_and_continues(tmp_path):
     assert train.main(command) == 0  # nothing left to do: validates and saves again
 
 
+def test_the_command_gives_the_model_a_motion_network_where_it_is_asked_for(tmp_path):
+    task = tasks.make('crazyflie_dynobs', spheres=2)
+    x, spheres = task.sample(4, torch.Generator().manual_seed(0))
+    still = Demonstrations(x.repeat_interleave(8, dim=0).numpy(), np.ones((32, 4)), np.full(4, 8),
+                           spheres.centers.numpy(), spheres.velocity.numpy(), spheres.radii.numpy())
+    datasets.save(tmp_path / 'd.npz', still)
+    command = ['crazyflie_dynobs', '--change', 'spheres=2', '--demonstrations', str(tmp_path / 'd.npz'), '--policy',
+               'deq_mpc_nn', '--steps', '2', '--batch', '4', '--hidden', '16', '--windows', '4']
+    for options, wanted in (([], False), (['--motion'], True)):
+        out = tmp_path / f'run{wanted}'
+        assert train.main([*command, *options, '--out', str(out)]) == 0
+        made = model_folder.load(out / 'model')
+        assert (made.motion is not None) == wanted == made.card['motion']
+
+
 def test_the_command_names_a_wrong_setting_and_a_missing_file(tmp_path, capsys):
     assert train.main(['quadrotor', '--demonstrations', str(tmp_path / 'none.npz')]) == 1
     assert 'none.npz' in capsys.readouterr().err

@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
              **({'change': a.change} if a.change else {}), **dataclasses.asdict(settings)}
     torch.manual_seed(settings.seed)
     train, _ = parts(demonstrations, settings, a.trajectories)
-    model = build_model(task, a.policy, a.hidden, state_scale(demonstrations, task, train),
+    model = build_model(task, a.policy, a.hidden, state_scale(demonstrations, task, train), a.motion,
                         **_numbers(a.method, '--method'))
     model.network.bfloat16 = a.bfloat16
     trainer = Trainer(task, model, demonstrations, settings, device, a.trajectories)
