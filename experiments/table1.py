@@ -20,8 +20,8 @@ from pathlib import Path
 import yaml
 
 from deqmpc.policies import model
+from deqmpc.provenance import commit
 from deqmpc.reproduce import MPC_VARIANTS, Check, Column, Plan, Results, bars
-from deqmpc.training.train import commit
 
 X_LABEL = ''
 VARIANTS = (*MPC_VARIANTS, 'mpc_only')

@@ -41,7 +41,7 @@ class GoalPlanner:
         task, T = self.task, self.problem.horizon
         x = task.wrapped(x)
         u_ref, goal = task.u_ref.expand(len(x), T, -1), task.goal.expand(len(x), T + 1, -1)
-        radii = torch.where(spheres.radii > 0, spheres.radii + task.margin, 0.0)
+        radii = spheres.inflated(task.margin)
         data = self.problem.instances(x, goal, u_ref, spheres.ahead(self.times), radii)
         start = al.cold_start(self.problem, data, al.Settings())
         if memory is not None:

@@ -42,11 +42,12 @@ from deqmpc.policies import model as model_folder
 from deqmpc.policies.base import settings_from
 from deqmpc.policies.deq_mpc import DeqMpc
 from deqmpc.policies.network_only import NetworkOnly
+from deqmpc.provenance import commit
 from deqmpc.rollouts import Disturbance, GoalChange, Rollouts, rollout
+from deqmpc.statistics import wilson
 from deqmpc.tasks import Spheres, Task
 from deqmpc.training.imitation import Settings as TrainingSettings
 from deqmpc.training.imitation import Trainer
-from deqmpc.training.train import commit
 
 VIOLATION = 1e-3  # m or units of the bound: what a plan may leave its constraints by
 BASELINES = {'mpc_only': MpcOnlyPlanner, 'goal': GoalPlanner}
@@ -108,13 +109,6 @@ def normalised(task: Task, mean: float, expert: float) -> float:
     """Return as a share of the expert's: mean / expert; expert / mean for tasks whose best reward is 0."""
     above, below = (expert, mean) if task.best_reward == 0.0 else (mean, expert)
     return above / below if below else float('nan')
-
-
-def wilson(count: int, of: int, z: float = 1.959964) -> tuple[float, float]:
-    """Ends of Wilson's interval for a share of which `count` in `of` were seen; z = 1.96: 95 %."""
-    p, square = count / of, z * z
-    centre, half = p + square / (2 * of), z * math.sqrt(p * (1 - p) / of + square / (4 * of * of))
-    return max((centre - half) / (1 + square / of), 0.0), min((centre + half) / (1 + square / of), 1.0)
 
 
 def expert_returns(task: Task, demonstrations: Demonstrations) -> np.ndarray:
@@ -183,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--steps', type=int, help="of an episode; default: the task's")
     p.add_argument('--iterations', type=int, default=0, help="of a cold start; 0: the model's")
     p.add_argument('--warm-iterations', type=int, default=0, help="of every later step; 0: the model's")
+    p.add_argument('--no-finish', action='store_true', help='fly plans that have not converged as they are')
     p.add_argument('--noise', type=float, nargs='+', default=[0.0], metavar='S',
                    help='standard deviation of what is seen: one number for all states, or one for each')
     p.add_argument('--process-noise', type=float, nargs='+', default=[0.0], metavar='S',
@@ -214,8 +209,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f'{a.model}: task {name!r}; expected --task with one of {", ".join(sorted(tasks.TASKS))}')
     task = changed(tasks.make(name), a.set)
     learned = None if a.model in BASELINES else load_model(a.model, task)
-    planner = BASELINES[a.model](task) if learned is None else ModelPlanner(task, learned, a.iterations,
-                                                                           a.warm_iterations)
+    planner = BASELINES[a.model](task) if learned is None else ModelPlanner(
+        task, learned, a.iterations, a.warm_iterations, finish=not a.no_finish)
     split_seed = card.get('split_seed', 0) if a.split_seed is None else a.split_seed
     d = datasets.load(a.demonstrations) if a.demonstrations else None
     generator = torch.Generator().manual_seed(a.seed)
@@ -224,7 +219,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     found = evaluate(task, planner, x, spheres, expert, steps=a.steps, disturbance=disturbance, generator=generator,
                      change=GoalChange(tuple(a.goal), a.goal_at) if a.goal else None, progress=True)
     report = {'model': str(a.model), 'task': name, 'set': a.set, 'seed': a.seed, 'starts': whence,
-              'iterations': a.iterations, 'warm_iterations': a.warm_iterations, **asdict(disturbance),
+              'iterations': a.iterations, 'warm_iterations': a.warm_iterations, 'finish': not a.no_finish,
+              **asdict(disturbance),
               'goal': a.goal, **asdict(found)}
     if d is not None and learned is not None:
         report['validation_error'] = validation_error(learned, task, d, split_seed)

@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -43,6 +42,7 @@ from deqmpc import datasets, realtime, tasks
 from deqmpc.datasets import Demonstrations
 from deqmpc.dynamics.integrators import RK4
 from deqmpc.problem import Problem
+from deqmpc.provenance import commit
 from deqmpc.realtime import RealtimeSolver, WarmStart
 from deqmpc.tasks import Spheres, Task
 
@@ -318,15 +318,11 @@ def replanned(problem: Problem, recipe: Recipe) -> Problem:
     sizes = {name: len(getattr(recipe, name)) for name in ('Q', 'perturbation', 'limit', 'calm')}
     if any(size not in ((n, 0) if name in ('limit', 'calm') else (n,)) for name, size in sizes.items()):
         raise ValueError(f'the recipe has {sizes}; expected {n} numbers each')
-    high = np.full(n + m, np.inf)
-    low = -high
-    for row, limit in zip(problem.sign.numpy(), problem.limit.numpy(), strict=True):
-        (high if row.sum() > 0 else low)[np.flatnonzero(row)] = limit * row.sum()
-    own = np.array(recipe.limit or [np.inf] * n)
+    own = torch.tensor(recipe.limit or [np.inf] * n, dtype=torch.float64)
     Q = np.array(recipe.Q)
     return Problem(problem.equations, problem.dt, problem.horizon, Q=Q, R=[recipe.R] * m, Qf=recipe.final * Q,
-                   u_low=low[n:], u_high=high[n:], x_low=np.maximum(low[:n], -own), x_high=np.minimum(high[:n], own),
-                   position=range(n)[problem.position])
+                   u_low=problem.u_low, u_high=problem.u_high, x_low=torch.maximum(problem.x_low, -own),
+                   x_high=torch.minimum(problem.x_high, own), position=range(n)[problem.position])
 
 
 # --- one nominal trajectory and its restarts ----------------------------------------------------
@@ -528,16 +524,6 @@ def described(recipe: Recipe) -> dict:
             return value.__name__
         return value if not isinstance(value, float) or np.isfinite(value) else str(value)
     return {f.name: plain(getattr(recipe, f.name)) for f in fields(recipe)}
-
-
-def commit() -> str:
-    """The commit of the code, with `-dirty` where it was changed; 'unknown' outside a repository."""
-    try:
-        answer = subprocess.run(['git', 'describe', '--always', '--abbrev=40', '--dirty'], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
-    return answer.stdout.strip()
 
 
 # --- command line -------------------------------------------------------------------------------

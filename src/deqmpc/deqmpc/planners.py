@@ -78,14 +78,16 @@ class Memory:
 
 
 class ModelPlanner:
-    """A model in the receding horizon. `iterations` and `warm_iterations` replace the model's N where not 0."""
+    """A model in the receding horizon. `iterations` and `warm_iterations` replace the model's N where not 0. Without
+    `finish`, plans that have not converged are flown as they are (deqmpc.policies.deq_mpc)."""
 
-    def __init__(self, task: Task, learned: DeqMpc | NetworkOnly, iterations: int = 0, warm_iterations: int = 0):
+    def __init__(self, task: Task, learned: DeqMpc | NetworkOnly, iterations: int = 0, warm_iterations: int = 0,
+                 finish: bool = True):
         for name, value in (('iterations', iterations), ('warm_iterations', warm_iterations)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f'{name} = {value!r}; expected an integer >= 0 (0: the model\'s)')
         self.task, self.model = task, learned
-        self.iterations, self.warm_iterations = iterations, warm_iterations
+        self.iterations, self.warm_iterations, self.finish = iterations, warm_iterations, finish
         self.times = task.dt * torch.arange(task.horizon + 1, dtype=torch.float64)
         self._inputs = OneStep(task) if isinstance(learned, NetworkOnly) else None
 
@@ -108,14 +110,13 @@ class ModelPlanner:
     def _given(self, x: Tensor, spheres: Spheres) -> tuple[Tensor, ...]:
         """x_init, u_ref, centers, radii and velocity for the model, which says where spheres will be at the knots."""
         u_ref = self.task.u_ref.expand(len(x), self.task.horizon, -1)
-        radii = torch.where(spheres.radii > 0, spheres.radii + self.task.margin, 0.0)
-        return x, u_ref, spheres.centers, radii, spheres.velocity
+        return x, u_ref, spheres.centers, spheres.inflated(self.task.margin), spheres.velocity
 
     def _call(self, given: tuple[Tensor, ...], warm_start: WarmStart | None = None) -> Iterates:
         x, u_ref, centers, radii, velocity = given
         count = self.iterations if warm_start is None else self.warm_iterations
         return self.model(x, u_ref, centers, radii, warm_start=warm_start, iterations=count or None,
-                          velocity=velocity, finish=True)
+                          velocity=velocity, finish=self.finish)
 
     def _continued(self, x: Tensor, memory: Memory) -> WarmStart:
         """The last plan one knot on, by whole periods nearest to x."""

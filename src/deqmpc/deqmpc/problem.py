@@ -80,7 +80,7 @@ class Problem:
         high = torch.cat([_vector('x_high', x_high, n, INF), _vector('u_high', u_high, m, INF)])
         if not (low < high).all():
             raise ValueError(f'lower bounds {low.tolist()} must be below upper bounds {high.tolist()}')
-        self.u_low, self.u_high = low[n:], high[n:]  # (m,)
+        self.x_low, self.x_high, self.u_low, self.u_high = low[:n], high[:n], low[n:], high[n:]
         first, last = (position[0], position[-1] + 1) if len(position) else (0, 0)
         if list(position) != list(range(first, last)) or not 0 <= first < last <= n:
             raise ValueError(f'position = {position}; expected consecutive indices of a state of {n} numbers')

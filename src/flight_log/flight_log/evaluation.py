@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from deqmpc.dynamics import rotation
+from deqmpc.statistics import wilson
 from flight_log import metrics
 from flight_log.bag import BagError
 from flight_log.flight import Flight, FlightStatus, States
@@ -319,7 +320,7 @@ def summarise(evaluations: list[Evaluation]) -> Summary:
         return float(np.std(x, ddof=1)) if len(x) > 1 else math.nan
     def one(f, x):
         return float(f(x)) if len(x) else math.nan
-    low, high = metrics.wilson(wins, len(trials))
+    low, high = wilson(wins, len(trials))
     return Summary(
         trials=len(trials), successes=wins, success_share=wins / len(trials) if trials else math.nan,
         success_low=low, success_high=high, reached_goal=sum(bool(e.reached_goal) for e in trials),

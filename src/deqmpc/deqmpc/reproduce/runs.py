@@ -35,6 +35,7 @@ from deqmpc.datasets import Demonstrations
 from deqmpc.planners import ModelPlanner, load_model
 from deqmpc.policies.deq_mpc import DeqMpc
 from deqmpc.policies.deq_mpc import Settings as Method
+from deqmpc.provenance import commit
 from deqmpc.tasks import Task
 from deqmpc.training import train
 from deqmpc.training.imitation import VARIANTS, Settings, Streaming, Trainer
@@ -120,6 +121,7 @@ class Test:
     steps: int = 0  # of a rollout; 0: the task's
     changes: Numbers = ()  # of the task, after the run's
     method: Numbers = ()  # of the trained policy's method, where it has one
+    finish: bool = True  # solve on plans that have not converged, as in flight
 
     @property
     def file(self) -> str:
@@ -234,10 +236,11 @@ def measure(model: Path, run: Run, test: Test, data: Demonstrations) -> dict[str
     radii = torch.where(spheres.radii > 0, torch.full_like(spheres.radii, task.radius), 0.0)
     spheres = replace(spheres, radii=radii) if task.spheres else None
     expert = float(evaluation.expert_returns(task, data)[chosen].mean())
-    found = evaluation.evaluate(task, ModelPlanner(task, learned), x, spheres, expert, steps=test.steps or None)
+    found = evaluation.evaluate(task, ModelPlanner(task, learned, finish=test.finish), x, spheres, expert,
+                                steps=test.steps or None)
     return {**asdict(found), **evaluation.validation_error(learned, task, data, seed, windows=test.windows),
             'by_iterate': errors_by_iterate(learned, task, data, run.training, test.windows),
-            'run': asdict(run), 'test': asdict(test), 'commit': train.commit()}
+            'run': asdict(run), 'test': asdict(test), 'commit': commit()}
 
 
 def errors_by_iterate(model: nn.Module, task: Task, data: Demonstrations, settings: Settings,

@@ -47,6 +47,10 @@ class Spheres:
         """Centres (B, len(times), K, d) after `times` (s) at constant velocity."""
         return self.centers.unsqueeze(1) + times.view(1, -1, 1, 1) * self.velocity.unsqueeze(1)
 
+    def inflated(self, margin: float) -> Tensor:
+        """Radii (B, K) with `margin` (m) to keep from every surface; absent spheres (radius 0) stay absent."""
+        return torch.where(self.radii > 0, self.radii + margin, 0.0)
+
     def gap(self, position: Tensor) -> Tensor:
         """(B,) m from `position` (B, d) to the nearest surface; inf without spheres."""
         if self.radii.shape[1] == 0:

@@ -111,10 +111,10 @@ class Streaming:
         """The plan at every state, the expert's states at its knots, and where the spheres were."""
         w, T, warm = self.windows, self.task.horizon, None
         u_ref = self.task.u_ref.to(w.x).expand(len(w.x), T, -1)
-        radii = torch.where(w.radii > 0, w.radii + self.task.margin, 0.0)
         for s in range(1 + self.streaming):
             seen = w.spheres(s)
-            made = self.model(w.x[:, s], u_ref, seen.centers, radii, warm_start=warm, velocity=seen.velocity)
+            made = self.model(w.x[:, s], u_ref, seen.centers, seen.inflated(self.task.margin), warm_start=warm,
+                              velocity=seen.velocity)
             warm = None if made.warm_start is None else made.warm_start.shifted()
             yield made, w.x[:, s:s + T + 1], w.centers[:, s:s + T + 1]
 

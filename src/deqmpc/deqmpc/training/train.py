@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import os
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from deqmpc import datasets, tasks
 from deqmpc.policies import model as model_folder
 from deqmpc.policies.deq_mpc import DeqMpc, Iterates
+from deqmpc.provenance import commit
 from deqmpc.training import checkpoint
 from deqmpc.training.imitation import VARIANTS, Report, Settings, Trainer, build_model, parts, state_scale
 
@@ -111,10 +111,10 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
     if a.restart and ranks == 1:
         (folder / checkpoint.NAME).unlink(missing_ok=True)
     resumed = checkpoint.load(folder, trainer, about)
-    _train(trainer, folder, about, a, ranks, resumed)
+    found = _train(trainer, folder, about, a, ranks, resumed)
     if _rank():
         return folder / 'model'
-    found = trainer.validate(a.windows)
+    found = found or trainer.validate(a.windows)
     card = {**about, 'command': 'deqmpc train ' + shlex.join(_without_out(argv)), 'commit': commit(),
             'demonstrations': {'path': path.name, **{k: v for k, v in demonstrations.about.items()
                                                      if not isinstance(v, list)}},
@@ -126,10 +126,11 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
     return folder / 'model'
 
 
-def _train(trainer: Trainer, folder: Path, about: dict, a: argparse.Namespace, ranks: int, resumed: bool) -> None:
-    """All steps that are left."""
+def _train(trainer: Trainer, folder: Path, about: dict, a: argparse.Namespace, ranks: int,
+           resumed: bool) -> Report | None:
+    """All steps that are left; the validation after the last one, None where none was left."""
     batch, rank, last, start = trainer.settings.batch // ranks, _rank(), time.monotonic(), time.process_time()
-    share = slice(rank * batch, (rank + 1) * batch)
+    share, valid = slice(rank * batch, (rank + 1) * batch), None
     with _Metrics(folder, trainer.done if resumed else 0, a.tensorboard, rank == 0) as metrics:
         bar = tqdm(total=trainer.settings.steps, initial=trainer.done, desc=f'{a.task} {a.policy}',
                    disable=bool(rank) or None, mininterval=2.0)
@@ -146,6 +147,7 @@ def _train(trainer: Trainer, folder: Path, about: dict, a: argparse.Namespace, r
                 checkpoint.save(folder, trainer, about)
                 last = time.monotonic()
         bar.close()
+    return valid
 
 
 class _Metrics:
@@ -248,18 +250,6 @@ def _average(parameters) -> None:
     flat /= dist.get_world_size()
     for p, part in zip(given, flat.split([p.numel() for p in given]), strict=True):
         p.grad.copy_(part.view_as(p))
-
-
-def commit() -> str:
-    """The commit of the working tree, with + where it has changes; '' outside one."""
-    def git(*words):
-        return subprocess.run(['git', *words], capture_output=True, text=True, cwd=Path(__file__).parent,
-                              timeout=10).stdout.strip()
-    try:
-        changed = git('status', '--porcelain', '--untracked-files=no')
-        return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
-    except (OSError, subprocess.SubprocessError):
-        return ''
 
 
 if __name__ == '__main__':

@@ -1,0 +1,16 @@
+"""Which code made a result."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+
+def commit() -> str:
+    """The commit of the code, with `-dirty` where it was changed; 'unknown' outside a repository."""
+    try:
+        answer = subprocess.run(['git', 'describe', '--always', '--abbrev=40', '--dirty'], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return 'unknown'
+    return answer.stdout.strip()
