@@ -21,6 +21,7 @@ setup(
             'recorder_node = flight_log.recorder_node:main',
             'replay_node = flight_log.replay_node:main',
             'trial_node = flight_log.trial_node:main',
+            'visual_node = flight_log.visual_node:main',
         ],
         'deqmpc.commands': [
             'evaluate = flight_log.evaluate:main',

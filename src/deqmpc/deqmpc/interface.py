@@ -40,7 +40,7 @@ class Topic:
 
 # Pose and odometry are best effort: a late mocap sample is worth less than the next one.
 POSE = Topic('pose', 'geometry_msgs/msg/PoseStamped', 10, reliable=False)
-ODOM = Topic('odom', 'nav_msgs/msg/Odometry', 10, reliable=False)
+ODOM = Topic('odom', 'nav_msgs/msg/Odometry', 10, reliable=False)  # in a fleet, every policy hears all
 OBSTACLES = Topic('/obstacles', 'visualization_msgs/msg/MarkerArray', 1, reliable=True, latched=True)
 PLAN = Topic('plan', 'trajectory_msgs/msg/MultiDOFJointTrajectory', 10, reliable=True)
 SETPOINT = Topic('setpoint', 'trajectory_msgs/msg/MultiDOFJointTrajectory', 50, reliable=True)
@@ -49,13 +49,19 @@ DIAGNOSTICS = Topic('/diagnostics', 'diagnostic_msgs/msg/DiagnosticArray', 50, r
 GO_TO = Topic('go_to', 'geometry_msgs/msg/PoseStamped', 1, reliable=True)  # start pose, while holding
 TRUTH = Topic('truth', 'nav_msgs/msg/Odometry', 10, reliable=False)  # simulation only
 
+# For RViz and Foxglove only, from the node `visual`: neither draws a MultiDOFJointTrajectory or a status.
+PLAN_PATH = Topic('plan_path', 'nav_msgs/msg/Path', 1, reliable=True)
+FLOWN_PATH = Topic('flown_path', 'nav_msgs/msg/Path', 1, reliable=True)
+FLIGHT_MARKERS = Topic('flight_markers', 'visualization_msgs/msg/MarkerArray', 1, reliable=True)
+
+VISUAL = (PLAN_PATH, FLOWN_PATH, FLIGHT_MARKERS)
 RECORDED = (POSE, ODOM, OBSTACLES, PLAN, SETPOINT, STATUS, DIAGNOSTICS, GO_TO, TRUTH)
 
 # std_srvs services in the robot's namespace: name -> type
 SERVICES = {
     'arm': 'std_srvs/srv/SetBool', 'takeoff': 'std_srvs/srv/Trigger', 'land': 'std_srvs/srv/Trigger',
     'engage': 'std_srvs/srv/Trigger', 'disengage': 'std_srvs/srv/Trigger',
-    'emergency': 'std_srvs/srv/Trigger',
+    'emergency': 'std_srvs/srv/Trigger', 'preflight': 'std_srvs/srv/Trigger',
 }
 
 # Flight phases, as /<robot>/status reports them under the key `phase`.
@@ -69,6 +75,15 @@ FLIGHT_KEYS = (
     'battery_v', 'link_quality', 'supervisor',  # V, percent, bits as an int; empty when unknown
     'go_to',  # idle | active | done
 )
+# Checks of the preflight. On /diagnostics each is one DiagnosticStatus '<robot>/preflight/<check>' with the
+# keys below; level OK passed, WARN failed but waived by the operator, ERROR failed.
+PREFLIGHT_CHECKS = (
+    'radio_link', 'link_quality', 'parameters', 'supervisor', 'battery',
+    'mocap_pose', 'mocap_rate', 'mocap_latency', 'mocap_body', 'mocap_clock',
+    'estimate_position', 'estimate_yaw', 'estimate_variance',
+    'fence', 'level', 'obstacles', 'policy', 'plan', 'policy_latency', 'clock', 'recorder', 'disk',
+)
+PREFLIGHT_KEYS = ('value', 'limit', 'fix')
 # Keys of DiagnosticStatus '<robot>/policy' on /diagnostics, one a tick.
 POLICY_KEYS = (
     'policy', 'tick',  # name; count of ticks since start
@@ -283,6 +298,33 @@ def read_obstacles(msg: Any, previous: Obstacles | None = None) -> Obstacles:
     if previous is not None and len(previous.radius) == len(radius) and stamp > previous.stamp:
         velocity = (position - previous.position) / (stamp - previous.stamp)
     return Obstacles(stamp, position, radius, velocity)
+
+
+# --- what RViz and Foxglove draw ------------------------------------------------------------------
+
+def path_message(types: MessageTypes, stamp: float, poses: list[Any]) -> Any:
+    """Path of PoseStamped messages (`pose_message`) in `world` at `stamp` (s)."""
+    return types.make('nav_msgs/msg/Path', header=header(types, stamp), poses=poses)
+
+
+def plan_path_message(types: MessageTypes, plan: Plan) -> Any:
+    """Path through the points of `plan`, each pose at its own time."""
+    return path_message(types, plan.stamp, [
+        pose_message(types, plan.stamp + dt, p, q)
+        for dt, p, q in zip(plan.time_from_start, plan.position, plan.quaternion, strict=True)])
+
+
+def text_message(types: MessageTypes, stamp: float, position, text: str, rgba, height: float = 0.1) -> Any:
+    """MarkerArray of one text that faces the viewer, letters `height` m high, centred at `position` (m). It is
+    gone after 1 s, so that what nobody says any longer is not shown any longer."""
+    color = types.make('std_msgs/msg/ColorRGBA', r=float(rgba[0]), g=float(rgba[1]), b=float(rgba[2]),
+                       a=float(rgba[3]))
+    marker = types.make(
+        'visualization_msgs/msg/Marker', header=header(types, stamp), ns='flight', id=0,
+        type=9, action=0,  # 9 = TEXT_VIEW_FACING, 0 = ADD
+        pose=_pose(types, position, (0.0, 0.0, 0.0, 1.0)), scale=_vector(types, (0.0, 0.0, height)), color=color,
+        lifetime=types.make('builtin_interfaces/msg/Duration', sec=1, nanosec=0), text=text)
+    return types.make('visualization_msgs/msg/MarkerArray', markers=[marker])
 
 
 # --- diagnostics --------------------------------------------------------------------------------

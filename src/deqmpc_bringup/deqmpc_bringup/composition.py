@@ -42,6 +42,7 @@ class Row:
     executable: str
     ros_arguments: tuple[str, ...]  # parameter files and parameters, without name and namespace
     ends: bool  # its exit ends the flight with its exit status
+    optional: bool = False  # its exit ends nothing
 
 
 def share_dir() -> Path:
@@ -111,7 +112,7 @@ def compose(mode: str, given: dict[str, str] | None = None, table: dict[str, Any
                 # Without a node name: `-p node:name` does not reach a node that has a namespace.
                 ros_arguments += ['-p', f'{parameter}:={_as_parameter(value)}']
         rows.append(Row(name, namespace, node['package'], node['executable'], tuple(ros_arguments),
-                        bool(node.get('ends', False))))
+                        bool(node.get('ends', False)), bool(node.get('optional', False))))
     return rows
 
 

@@ -13,7 +13,8 @@ from deqmpc_bringup.composition import arguments, compose, environment, read_tab
 
 
 def launch_description(mode: str) -> LaunchDescription:
-    """Arguments of `mode`, the stack's environment, and one Node a row. A node's exit ends the launch."""
+    """Arguments of `mode`, the stack's environment, and one Node a row. A node's exit ends the launch, unless its row
+    says that it is optional."""
     table = read_table()
     declared = arguments(mode, table)
 
@@ -23,7 +24,7 @@ def launch_description(mode: str) -> LaunchDescription:
         given = {a.name: given[a.name] for a in declared if given[a.name] != a.default}
         return [Node(package=row.package, executable=row.executable, name=row.name, namespace=row.namespace,
                      ros_arguments=list(row.ros_arguments), output='screen',
-                     on_exit=Shutdown(reason=f'{row.name} exited'))
+                     on_exit=None if row.optional else Shutdown(reason=f'{row.name} exited'))
                 for row in compose(mode, given, table)]
 
     added = {k: v for k, v in environment(dict(os.environ)).items() if os.environ.get(k) != v}

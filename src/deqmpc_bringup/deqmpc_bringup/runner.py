@@ -46,6 +46,7 @@ def command(row: Row) -> list[str]:
 class _Process:
     name: str
     ends: bool
+    optional: bool
     popen: subprocess.Popen
     log: BinaryIO  # the file its output goes to, opened for reading
     partial: bytes = b''
@@ -53,7 +54,7 @@ class _Process:
 
 
 class Runner:
-    """Runs rows until one ends the flight, a stop is asked for, or one fails."""
+    """Runs rows until one ends the flight, a stop is asked for, or one that is not optional fails."""
 
     def __init__(self, rows: Sequence[Row], log_dir: Path, environment: dict[str, str],
                  patience: float = 20.0, write: Callable[[str], None] = lambda line: print(line, flush=True)):
@@ -83,7 +84,7 @@ class Runner:
         finally:
             self._end()
         # A process that SIGTERM met before it had a handler ended as asked.
-        failed = [p for p in self._ended if p.popen.returncode not in (0, -signal.SIGTERM)]
+        failed = [p for p in self._ended if not p.optional and p.popen.returncode not in (0, -signal.SIGTERM)]
         if status == 0 and failed:
             return _shell_status(failed[0].popen.returncode)
         return status
@@ -99,19 +100,22 @@ class Runner:
         with path.open('wb') as log:
             popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                      env=self._environment, start_new_session=True, preexec_fn=in_child)
-        self._processes.append(_Process(row.name, row.ends, popen, path.open('rb')))
+        self._processes.append(_Process(row.name, row.ends, row.optional, popen, path.open('rb')))
 
     def _watch(self, begin, time_limit):
         while not self._stops:
             self._copy_output()
             for p in self._processes:
-                if p.popen.poll() is None:
+                if p.reported or p.popen.poll() is None:
                     continue
                 status = _shell_status(p.popen.returncode)
                 p.reported = True
                 if p.ends:
                     self._write(f'[{p.name}] finished with exit status {status}')
                     return status
+                if p.optional:
+                    self._write(f'[{p.name}] exited with status {status}; the flight goes on without it')
+                    continue
                 self._write(f'[{p.name}] exited with status {status}; it is required, so the flight ends')
                 return status or 1
             if time_limit is not None and time.monotonic() - begin > time_limit:

@@ -83,6 +83,19 @@ def test_a_failing_row_ends_the_flight_with_its_status(prefix, tmp_path):
     assert any('[failing] exited with status 3' in line for line in lines)
 
 
+def test_an_optional_row_that_fails_is_named_and_the_flight_goes_on(prefix, tmp_path):
+    lines = []
+
+    def write(line):
+        lines.append(line)
+        if 'exited' in line:
+            runner.stop()
+    optional = Row('failing', '/cf1', 'pkg', 'child', (), False, optional=True)
+    runner = Runner([row('quiet'), optional], tmp_path / 'log', dict(os.environ), write=write)
+    assert runner.run(time_limit=60.0) == 0
+    assert '[failing] exited with status 3; the flight goes on without it' in lines
+
+
 def test_a_process_that_ignores_signals_is_killed_and_named(prefix, tmp_path):
     lines = []
     runner = Runner([row('deaf'), row('short', ends=True)], tmp_path / 'log', dict(os.environ), patience=0.3,
