@@ -1,13 +1,15 @@
 """A whole trial in one process in simulated time, faster than real time.
 
-The wires are left out; the logic of the nodes is not: the same simulator, mocap filter, policy loop with
-plan gate, flight manager with guard, and trial conductor run here, with the settings that the
-composition gives their nodes, and write the same messages into the same kind of bag. What is not
+The wires are left out; the logic of the nodes is not: the same simulator, mocap bridge with its clock map,
+policy loop with plan gate, flight manager with guard, and trial conductor run here, with the settings
+that the composition gives their nodes, and write the same messages into the same kind of bag. What is not
 exercised: sockets, cflib, DDS, process scheduling. The policy's plan arrives SOLVE_DELAY after its
 tick, a constant, so that equal seeds give equal flights whatever the machine is doing.
 
-Order within one millisecond t: physics, mocap frames that arrive, flight manager (50 Hz), policy
-(at its rate), conductor (10 Hz).
+Order within one millisecond: physics, telemetry, exposure of the cameras, then what is due in the order in
+which it was scheduled (mocap frames that arrive, flight manager at 50 Hz, policy at its rate, conductor at
+10 Hz). The schedule runs on simulated time, which no step of the system clock moves; stamps and ages are told
+in ROS time, which `clock_step` does move.
 """
 
 from __future__ import annotations
@@ -24,12 +26,11 @@ import yaml
 
 from crazyflie_interface.flight import TICK, FlightManager
 from crazyflie_interface.node import Settings as InterfaceSettings
-from crazyflie_interface.radio import Telemetry
-from crazyflie_interface.setpoint import Setpoint, int16_milli_to_cflib_si, si_to_int16_milli
 from deqmpc import interface
 from deqmpc.dynamics import rotation
-from deqmpc.types import Obstacles
+from deqmpc.types import Obstacles, Plan, RigidBodyState
 from deqmpc_bringup.composition import Row
+from deqmpc_bringup.in_process_radio import InProcessRadio
 from deqmpc_controller.node import Settings as PolicySettings
 from deqmpc_controller.node import policy_loop
 from deqmpc_controller.plan_gate import ACCEPTED
@@ -37,8 +38,12 @@ from deqmpc_ros.settings import from_values
 from flight_log.bag import BagTypes, BagWriter
 from flight_log.protocol import Call, Done, GoTo, Seen, TrialConductor, TrialSettings
 from flight_log.recorder_node import RecorderSettings, read_metadata
+from mocap_bridge import session
+from mocap_bridge.bridge import Bridge, HealthSettings
+from mocap_bridge.clock import ClockMap
 from mocap_bridge.node import Settings as MocapSettings
-from mocap_bridge.odometry import OdometryFilter, OdometrySettings
+from mocap_bridge.odometry import OdometrySettings
+from sim_env.mocap_noise import MocapFrame
 from sim_env.obstacle_node import Settings as ObstacleSettings
 from sim_env.obstacle_node import make_field
 from sim_env.sim_node import Settings as SimSettings
@@ -49,6 +54,9 @@ S = TypeVar('S')
 SOLVE_DELAY = 0.02  # s from a tick to its plan's arrival at the flight manager
 CONDUCTOR_PERIOD = 0.1  # s, as the trial node steps
 STATUS_PERIOD = 0.1  # s
+OBSTACLE_PERIOD = 0.1  # s, of moving spheres
+ECHO_PERIOD = session.ClientSettings().echo_period  # s
+NETWORK_DELAY = 2e-4  # s, of a datagram from the mocap system
 EPOCH = 1000.0  # s, the simulated ROS clock at the start; 0 would look like an unset stamp
 LIMIT = 600.0  # s of simulated time after which a trial that does not end is a fault of the protocol
 
@@ -66,92 +74,17 @@ def settings_of(row: Row, settings: type[S]) -> S:
     return from_values(settings, f'{row.namespace}/{row.name}', given)
 
 
-class InProcessRadio:
-    """The drone's end of the link without a link; numbers are rounded as the radio packets round them."""
+class InProcessGraph:
+    """The nodes of mode `sim` but the trial node, driven by `advance()` one millisecond at a time.
 
-    def __init__(self, crazyflie, clock: Callable[[], float]):
-        self._cf = crazyflie
-        self._clock = clock
-        self.faults: tuple[str, ...] | None = None
-
-    def connect(self) -> None:
-        """Nothing to open."""
-
-    def set_and_check_parameters(self) -> tuple[str, ...]:
-        """Controller, estimator and high-level commander as crazyflie_interface sets them."""
-        wanted = {'stabilizer.controller': 2, 'stabilizer.estimator': 2, 'commander.enHighLevel': 1}
-        for name, value in wanted.items():
-            self._cf.set_parameter(name, value)
-        self.reset_estimator()
-        self.faults = tuple(f'{n} reads {self._cf.parameters[n].value}' for n, v in wanted.items()
-                            if self._cf.parameters[n].value != v)
-        return self.faults
-
-    def telemetry(self) -> Telemetry:
-        """The log variables that CflibRadio reads, without delay."""
-        read = {name: self._cf.log_variables[name][1]() for name in (
-            'pm.vbat', 'stateEstimate.x', 'stateEstimate.y', 'stateEstimate.z', 'stateEstimate.yaw',
-            'kalman.varPX', 'kalman.varPY', 'kalman.varPZ')}
-        return Telemetry(
-            link='up', stamp=self._clock(), battery_v=read['pm.vbat'], supervisor=self._cf.supervisor_info,
-            link_quality=100.0,
-            position=np.array([read[f'stateEstimate.{a}'] for a in 'xyz']),
-            yaw=np.deg2rad(read['stateEstimate.yaw']),
-            variance=np.array([read[f'kalman.varP{a}'] for a in 'XYZ']), parameter_faults=self.faults)
-
-    def extpose(self, position: np.ndarray, quaternion: np.ndarray) -> None:
-        """Mocap pose to the onboard estimator."""
-        self._cf.receive_extpose(position, quaternion)
-
-    def full_state(self, setpoint: Setpoint) -> None:
-        """Full-state setpoint."""
-        def rounded(values):
-            return int16_milli_to_cflib_si(si_to_int16_milli(values))
-        self._cf.set_full_state(rounded(setpoint.position), rounded(setpoint.velocity),
-                                rounded(setpoint.acceleration), setpoint.quaternion, rounded(setpoint.rates))
-
-    def notify_stop(self) -> None:
-        """End of the setpoint stream."""
-        self._cf.notify_setpoint_stop(0)
-
-    def takeoff(self, height: float, duration: float) -> None:
-        """High-level take-off."""
-        self._cf.takeoff(height, duration)
-
-    def land(self, height: float, duration: float) -> None:
-        """High-level landing."""
-        self._cf.land(height, duration)
-
-    def go_to(self, position: np.ndarray, yaw: float, duration: float) -> None:
-        """High-level motion."""
-        self._cf.go_to(position, yaw, duration)
-
-    def stop(self) -> None:
-        """High-level stop: motors off."""
-        self._cf.high_level_stop()
-
-    def arm(self, on: bool) -> None:
-        """Arm or disarm."""
-        self._cf.arm(on)
-
-    def emergency_stop(self) -> None:
-        """Motors off, locked."""
-        self._cf.emergency_stop()
-
-    def emergency_watchdog(self) -> None:
-        """Feed the firmware's watchdog."""
-        self._cf.emergency_watchdog()
-
-    def reset_estimator(self) -> None:
-        """Reset the Kalman filter."""
-        self._cf.set_parameter('kalman.resetEstimation', 1)
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
-class InProcessTrial:
-    """One trial from the rows of mode `sim` with trial:=true."""
+    Attributes that stand for what can fail between the nodes, to be replaced from outside:
+      mocap     MocapFrame of the cameras -> the frames that leave them
+      plan      what the policy publishes, or None -> what arrives
+      body      name under which the cameras' rigid body is streamed
+      policy_alive, obstacles_alive    the process still runs
+      clock_step  s added to the system clock, and so to the ROS clock
+    and `radio.up`, `radio.down`, `radio.link_down`, `crazyflie` and its `plant`.
+    """
 
     def __init__(self, rows: Sequence[Row]):
         by_name = {row.name: row for row in rows}
@@ -160,155 +93,203 @@ class InProcessTrial:
         def read(name: str, settings: type[S]) -> S:
             return settings_of(by_name[name], settings)
         sim, policy = read('sim', SimSettings), read('policy', PolicySettings)
+        mocap = read('mocap_bridge', MocapSettings)
         torch.set_num_threads(policy.threads)
         self.crazyflie = make_crazyflie(sim)
-        self._sensor = make_sensor(sim)
-        self._filter = OdometryFilter(read('mocap_bridge', MocapSettings).part(OdometrySettings))
-        self._field = make_field(read('obstacles', ObstacleSettings))
-        self._obstacle_period = 0.1 if self._field is not None and self._field.velocity.any() else np.inf
+        self.clock_step = 0.0
+        self.body = sim.body or self.robot
+        self.mocap: Callable[[MocapFrame], Sequence[MocapFrame]] = lambda frame: (frame,)
+        self.plan: Callable[[Plan | None], Plan | None] = lambda plan: plan
+        self.policy_alive = self.obstacles_alive = True
+        self.obstacles: Obstacles | None = None  # as last published
+        self.sensor = make_sensor(sim)
+        self._server_clock = ClockMap()
+        self.bridge = Bridge(mocap.body_name or self.robot, 'z', mocap.part(OdometrySettings),
+                             mocap.part(HealthSettings), self.now)
+        self.field = make_field(read('obstacles', ObstacleSettings))
         self._loop = policy_loop(policy, f'/{self.robot}/policy')
         self._policy_period = 1.0 / policy.rate
-        self._radio = InProcessRadio(self.crazyflie, lambda: self.now)
-        self._flight = FlightManager(self._radio, read('crazyflie_interface', InterfaceSettings))
-        self.conductor = TrialConductor(read('trial', TrialSettings))
+        self.radio = InProcessRadio(self.crazyflie, lambda: self.now)
+        self.flight = FlightManager(self.radio, read('crazyflie_interface', InterfaceSettings))
         self._types = BagTypes()
         self._bag: BagWriter | None = None
         if 'recorder' in by_name:
             recorder = read('recorder', RecorderSettings)
             self._bag = BagWriter(recorder.bag_path, {
                 'robot': self.robot, 'clock': 'simulated', **read_metadata('recorder', recorder.metadata)})
-        self._obstacles: Obstacles | None = None
-        self._came: dict[str, float] = {'odom': -np.inf, 'plan': -np.inf, 'status': -np.inf}
-        self._status: dict[str, Any] = {}
-        self._state = None
-        self._tick = None
+        self.came: dict[str, float] = {'odom': -np.inf, 'plan': -np.inf, 'status': -np.inf}
+        self.status: dict[str, Any] = {}
+        self.state: RigidBodyState | None = None  # newest odometry
+        self.policy_tick: int | None = None
         self._last_phase = ''
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = 0
+        self.radio.connect()
+        self.radio.set_and_check_parameters()
+        self.every(ECHO_PERIOD, self._echo)
+        for period, action in ((TICK, self._tick_flight), (STATUS_PERIOD, self._publish_status),
+                               (self._policy_period, self._tick_policy)):
+            self.every(period, action)
+        self._publish_obstacles()
+        if self.field is not None and self.field.velocity.any():
+            self.every(OBSTACLE_PERIOD, self._publish_obstacles)
 
     @property
     def now(self) -> float:
         """The simulated ROS clock (s)."""
-        return EPOCH + self.crazyflie.time
+        return EPOCH + self.crazyflie.time + self.clock_step
 
-    def run(self, say: Callable[[str], None] = lambda line: None) -> Done:
-        """Fly the trial; the bag is closed whatever happens. RuntimeError when it does not end."""
-        self._radio.connect()
-        self._radio.set_and_check_parameters()
-        for period, action in ((TICK, self._tick_flight), (STATUS_PERIOD, self._publish_status),
-                               (self._policy_period, self._tick_policy),
-                               (CONDUCTOR_PERIOD, lambda: self._step_conductor(say))):
-            self._every(period, action)
-        self._at(self.now, self._publish_obstacles)
-        try:
-            while self.conductor.done is None:
-                self.crazyflie.step()
-                if self.crazyflie.time >= self._sensor.next_exposure - 1e-9:
-                    self._expose()
-                while self._queue and self._queue[0][0] <= self.now + 1e-9:
-                    heapq.heappop(self._queue)[2]()
-                if self.crazyflie.time > LIMIT:
-                    raise RuntimeError(f'trial in stage {self.conductor.stage} after {LIMIT:g} s')
-        finally:
-            if self._bag is not None:
-                self._bag.close()
-        return self.conductor.done
+    def advance(self) -> None:
+        """One millisecond."""
+        self.crazyflie.step()
+        self.radio.advance()
+        if self.crazyflie.time >= self.sensor.next_exposure - 1e-9:
+            self._expose()
+        while self._queue and self._queue[0][0] <= self.crazyflie.time + 1e-9:
+            heapq.heappop(self._queue)[2]()
+
+    def close(self) -> None:
+        """Close the bag."""
+        if self._bag is not None:
+            self._bag.close()
 
     # --- schedule ---------------------------------------------------------------------------------
 
-    def _at(self, instant: float, action: Callable[[], None]) -> None:
+    def at(self, instant: float, action: Callable[[], None]) -> None:
+        """Do `action` when the simulated time (s since start) is `instant`."""
         self._order += 1
         heapq.heappush(self._queue, (instant, self._order, action))
 
-    def _every(self, period: float, action: Callable[[], None]) -> None:
-        begin = self.now
+    def every(self, period: float, action: Callable[[], None]) -> None:
+        """Do `action` every `period` (s) from now on."""
+        begin = self.crazyflie.time
 
         def again(count: int) -> None:
             action()
-            self._at(begin + (count + 1) * period, lambda: again(count + 1))
-        self._at(begin, lambda: again(0))
+            self.at(begin + (count + 1) * period, lambda: again(count + 1))
+        self.at(begin, lambda: again(0))
 
-    def _write(self, topic: interface.Topic, message: Any) -> None:
+    def _write(self, topic: interface.Topic, message: Callable[[], Any]) -> None:
         if self._bag is not None:
-            self._bag.write_message(topic, self.robot, self.now, message)
+            self._bag.write_message(topic, self.robot, self.now, message())
 
     # --- the nodes' callbacks ---------------------------------------------------------------------
 
     def _expose(self) -> None:
         truth = self.crazyflie.truth()
-        truth = dataclasses.replace(truth, stamp=EPOCH + truth.stamp)
-        self._write(interface.TRUTH, interface.odometry_message(self._types, truth, self.robot))
-        frame = self._sensor.sample(self.crazyflie.truth())
-        if frame is not None and frame.position is not None:
-            self._at(EPOCH + frame.delivery, lambda: self._on_frame(frame))
+        self._write(interface.TRUTH, lambda: interface.odometry_message(
+            self._types, dataclasses.replace(truth, stamp=self.now), self.robot))
+        taken = self.sensor.sample(truth)
+        if taken is not None:
+            for frame in self.mocap(taken):
+                self.at(frame.delivery + NETWORK_DELAY, lambda frame=frame: self._on_frame(frame))
 
-    def _on_frame(self, frame) -> None:
-        stamp = EPOCH + frame.exposure
-        result = self._filter.update(stamp, frame.position, frame.quaternion)
-        if not result.accepted:
+    def _echo(self) -> None:
+        """NatNet's echo: the server's clock asked for, there and back."""
+        now, server = self.now, self.crazyflie.time
+        self._server_clock.observe_echo(now - NETWORK_DELAY, server, now + NETWORK_DELAY)
+
+    def _on_frame(self, frame: MocapFrame) -> None:
+        self._server_clock.observe_frame(frame.delivery, self.now)
+        sample = self.bridge.frame(session.MocapFrame(
+            frame.number, frame.exposure, self.now, self._server_clock.to_ros(frame.exposure), self._bodies(frame),
+            'z'))
+        if sample is None:
             return
-        self._write(interface.POSE, interface.pose_message(self._types, stamp, frame.position, frame.quaternion))
-        self._flight.on_pose(stamp, frame.position, frame.quaternion, self.now)
-        if result.state is not None:
-            self._state, self._came['odom'] = result.state, self.now
-            self._write(interface.ODOM, interface.odometry_message(self._types, result.state, self.robot))
-            self._flight.on_odometry(result.state, self.now)
-            self._loop.on_odometry(result.state)
+        self.bridge.published(sample, self.now)
+        self._write(interface.POSE, lambda: interface.pose_message(
+            self._types, sample.stamp, sample.position, sample.quaternion))
+        self.flight.on_pose(sample.stamp, sample.position, sample.quaternion, self.now)
+        state = sample.state
+        if state is not None:
+            self.state, self.came['odom'] = state, self.now
+            self._write(interface.ODOM, lambda: interface.odometry_message(self._types, state, self.robot))
+            self.flight.on_odometry(state, self.now)
+            self._loop.on_odometry(state)
+
+    def _bodies(self, frame: MocapFrame) -> dict[str, session.BodyPose]:
+        error = self.sensor.settings.position_noise
+        if frame.position is None:
+            return {self.body: session.BodyPose(np.zeros(3), np.array([0.0, 0.0, 0.0, 1.0]), False, error)}
+        return {self.body: session.BodyPose(frame.position, frame.quaternion, True, error)}
 
     def _publish_obstacles(self) -> None:
-        field = Obstacles.none(self.now) if self._field is None else self._field.at(self.now - EPOCH, self.now)
+        if not self.obstacles_alive:
+            return
+        field = Obstacles.none(self.now) if self.field is None else self.field.at(self.crazyflie.time, self.now)
         message = interface.obstacles_message(self._types, field)
-        self._write(interface.OBSTACLES, message)
+        self._write(interface.OBSTACLES, lambda: message)
         # Read back, as the nodes do: markers carry no velocity.
-        self._obstacles = interface.read_obstacles(message, self._obstacles)
-        self._loop.on_obstacles(self._obstacles)
-        if self._obstacle_period < np.inf:
-            self._at(self.now + self._obstacle_period, self._publish_obstacles)
+        self.obstacles = interface.read_obstacles(message, self.obstacles)
+        self._loop.on_obstacles(self.obstacles)
 
     def _tick_policy(self) -> None:
+        if not self.policy_alive:
+            return
         tick = self._loop.tick(self.now)
 
         def arrive() -> None:
-            if tick.plan is not None:
-                self._write(interface.PLAN, interface.plan_message(self._types, tick.plan, self.robot))
-                self._flight.on_plan(tick.plan, self.now)
-                self._came['plan'] = self.now
+            plan = self.plan(tick.plan)
+            if plan is not None:
+                self._write(interface.PLAN, lambda: interface.plan_message(self._types, plan, self.robot))
+                self.flight.on_plan(plan, self.now)
+                self.came['plan'] = self.now
             latency = self.now - self._loop.state.stamp if self._loop.state is not None else float('nan')
-            self._write(interface.DIAGNOSTICS, interface.diagnostics_message(
+            self._write(interface.DIAGNOSTICS, lambda: interface.diagnostics_message(
                 self._types, self.now, f'{self.robot}/policy',
                 interface.OK if tick.gate == ACCEPTED else interface.WARN, tick.gate,
                 tick.values(self._loop.policy.name, self.now, latency), self.robot))
-            self._tick = tick.number
-        self._at(self.now + SOLVE_DELAY, arrive)
+            self.policy_tick = tick.number
+        self.at(self.crazyflie.time + SOLVE_DELAY, arrive)
 
     def _tick_flight(self) -> None:
-        setpoint = self._flight.tick(self.now)
+        setpoint = self.flight.tick(self.now)
         if setpoint is not None:
-            self._write(interface.SETPOINT, interface.plan_message(
+            self._write(interface.SETPOINT, lambda: interface.plan_message(
                 self._types, setpoint.as_plan(self.now), self.robot))
-        if self._flight.phase != self._last_phase:
+        if self.flight.phase != self._last_phase:
             self._publish_status()
 
     def _publish_status(self) -> None:
-        self._last_phase = self._flight.phase
-        self._status, self._came['status'] = self._flight.status(self.now), self.now
-        level, words = self._flight.health(self.now)
-        self._write(interface.STATUS, interface.diagnostics_message(
-            self._types, self.now, f'{self.robot}/flight', level, words, self._status, 'in process'))
+        self._last_phase = self.flight.phase
+        self.status, self.came['status'] = self.flight.status(self.now), self.now
+        level, words = self.flight.health(self.now)
+        self._write(interface.STATUS, lambda: interface.diagnostics_message(
+            self._types, self.now, f'{self.robot}/flight', level, words, self.status, 'in process'))
+
+
+class InProcessTrial(InProcessGraph):
+    """One trial from the rows of mode `sim` with trial:=true."""
+
+    def __init__(self, rows: Sequence[Row]):
+        super().__init__(rows)
+        self.conductor = TrialConductor(settings_of(next(r for r in rows if r.name == 'trial'), TrialSettings))
+
+    def run(self, say: Callable[[str], None] = lambda line: None) -> Done:
+        """Fly the trial; the bag is closed whatever happens. RuntimeError when it does not end."""
+        self.every(CONDUCTOR_PERIOD, lambda: self._step_conductor(say))
+        try:
+            while self.conductor.done is None:
+                self.advance()
+                if self.crazyflie.time > LIMIT:
+                    raise RuntimeError(f'trial in stage {self.conductor.stage} after {LIMIT:g} s')
+        finally:
+            self.close()
+        return self.conductor.done
 
     def _step_conductor(self, say: Callable[[str], None]) -> None:
         now = self.now
-        seen = Seen.at(now, self._status, self._came, self._state, self._tick, self._obstacles)
+        seen = Seen.at(now, self.status, self.came, self.state, self.policy_tick, self.obstacles)
         action = self.conductor.step(now, seen)
         for line in self.conductor.take_lines():
             say(f'[trial {now - EPOCH:6.1f} s] {line}')
         if isinstance(action, Call):
-            request = getattr(self._flight, action.name)
+            request = getattr(self.flight, action.name)
             result = request(action.value, now) if action.name == 'arm' else request(now)
             self.conductor.reply(action.name, result.success, result.message)
             self._publish_status()
         elif isinstance(action, GoTo):
             pose = action.pose
-            self._write(interface.GO_TO, interface.pose_message(
+            self._write(interface.GO_TO, lambda: interface.pose_message(
                 self._types, now, pose.position, rotation.from_yaw(pose.yaw)))
-            self._flight.go_to(pose.position, pose.yaw, now)
+            self.flight.go_to(pose.position, pose.yaw, now)
