@@ -13,7 +13,7 @@ import traceback
 from rclpy.node import Node
 
 from crazyflie_interface.cflib_radio import CflibRadio
-from crazyflie_interface.flight import TICK, FlightManager
+from crazyflie_interface.flight import TICK, FlightManager, Result
 from crazyflie_interface.radio import Radio, RadioError
 from crazyflie_interface.settings import Settings
 from deqmpc import interface
@@ -137,6 +137,10 @@ class CrazyflieInterface(Node):
 
     def _on_emergency(self, _, response):
         return self._answer(response, 'emergency', self.manager.emergency(now(self)))
+
+    def _on_preflight(self, _, response):
+        failures = self.manager.preflight(now(self))
+        return self._answer(response, 'preflight', Result(not failures, '; '.join(failures) or 'ready to arm'))
 
     def _answer(self, response, what, result):
         response.success, response.message = result.success, result.message

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from deqmpc import interface
 from deqmpc_ros.settings import parameter
+
+UNWAIVABLE = ('radio_link', 'mocap_pose')  # without them there is nothing to command, or nowhere to take off from
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,61 @@ class GuardSettings:
 
 
 @dataclass(frozen=True)
-class FlightSettings(GuardSettings):
+class PreflightSettings:
+    """What arming and take-off ask for; see preflight.py."""
+
+    preflight_waive: str = parameter(
+        '', 'Checks of the preflight that the operator waives, separated by commas; empty: none.')
+    require_recorder: bool = parameter(
+        True, 'A recorder belongs to this graph; false waives the checks recorder and disk.')
+    body_name: str = parameter(
+        '', "Rigid body that mocap must follow; empty: the robot's name.")
+    preflight_time: float = parameter(
+        1.0, 'Time (s) of gapless mocap that arming asks for.', 0.2, 10.0)
+    preflight_rate_min: float = parameter(
+        80.0, 'Lowest rate (Hz) of mocap poses for arming.', 1.0, 1000.0)
+    preflight_rate_max: float = parameter(
+        125.0, 'Highest rate (Hz) of mocap poses for arming; each is one radio packet.', 1.0, 1000.0)
+    preflight_position: float = parameter(
+        0.05, 'Largest distance (m) of the onboard estimate from mocap.', 0.001, 1.0)
+    preflight_yaw: float = parameter(
+        0.175, 'Largest heading error (rad) of the onboard estimate.', 0.01, 3.15)
+    preflight_variance: float = parameter(
+        0.001, 'Largest onboard position variance (m^2).', 1e-6, 10.0)
+    preflight_latency: float = parameter(
+        0.03, 'Largest median age (s) of a mocap pose on arrival, since its exposure.', 0.001, 0.5)
+    preflight_link_quality: float = parameter(
+        70.0, 'Lowest link quality (percent of packets without a retry), where the link measures it.', 0.0, 100.0)
+    preflight_clearance: float = parameter(
+        0.05, 'Least distance (m) of the take-off path to the surface of a virtual sphere.', -10.0, 2.0)
+    preflight_policy_latency: float = parameter(
+        0.1, "Largest age (s) of the odometry behind a plan when the plan goes out.", 0.01, 1.0)
+    preflight_clock: float = parameter(
+        0.005, 'Largest uncertainty (s) of the mocap clock, difference of the ROS clock from the system clock, '
+        'and step of the system clock within preflight_time.', 1e-4, 1.0)
+    preflight_message_age: float = parameter(
+        0.2, "Largest age (s) of the other nodes' stamps on arrival: more is a slow network or another "
+        "host's clock.", 0.01, 5.0)
+    preflight_disk: float = parameter(
+        2.0, 'Least free space (GB) where the bag is written.', 0.0, 10000.0)
+
+    @property
+    def waived(self) -> frozenset[str]:
+        """Names of interface.PREFLIGHT_CHECKS that do not count. ValueError names one that is unknown or
+        cannot be waived."""
+        names = frozenset(filter(None, (n.strip() for n in self.preflight_waive.split(','))))
+        unknown = sorted(names - set(interface.PREFLIGHT_CHECKS))
+        if unknown:
+            raise ValueError(f'preflight_waive names {", ".join(unknown)}; expected some of '
+                             f'{", ".join(interface.PREFLIGHT_CHECKS)}')
+        needed = sorted(names & set(UNWAIVABLE))
+        if needed:
+            raise ValueError(f'preflight_waive names {", ".join(needed)}, which cannot be waived')
+        return names if self.require_recorder else names | {'recorder', 'disk'}
+
+
+@dataclass(frozen=True)
+class FlightSettings(PreflightSettings, GuardSettings):
     """How the drone is armed, lifted, moved and landed."""
 
     look_ahead: float = parameter(
@@ -92,18 +149,6 @@ class FlightSettings(GuardSettings):
         0.5, "Age (s) of a plan's stamp on arrival above which it is refused.", 0.05, 5.0)
     arm_timeout: float = parameter(
         2.0, 'Time (s) in which the drone must confirm arming.', 0.2, 10.0)
-    preflight_time: float = parameter(
-        1.0, 'Time (s) of gapless mocap that arming asks for.', 0.2, 10.0)
-    preflight_rate_min: float = parameter(
-        80.0, 'Lowest rate (Hz) of mocap poses for arming.', 1.0, 1000.0)
-    preflight_rate_max: float = parameter(
-        125.0, 'Highest rate (Hz) of mocap poses for arming; each is one radio packet.', 1.0, 1000.0)
-    preflight_position: float = parameter(
-        0.05, 'Largest distance (m) of the onboard estimate from mocap.', 0.001, 1.0)
-    preflight_yaw: float = parameter(
-        0.175, 'Largest heading error (rad) of the onboard estimate.', 0.01, 3.15)
-    preflight_variance: float = parameter(
-        0.001, 'Largest onboard position variance (m^2).', 1e-6, 10.0)
     firmware_watchdog: bool = parameter(
         False, "Keep the firmware's 1 s emergency watchdog alive while armed. Once begun it cuts and locks"
         ' the drone when this node ends.')
@@ -118,6 +163,7 @@ class FlightSettings(GuardSettings):
         ascending('pose_warn', 'pose_hold', 'pose_land', 'pose_cut')
         ascending('battery_critical', 'battery_land', 'battery_warn')
         ascending('preflight_rate_min', 'preflight_rate_max')
+        self.waived  # noqa: B018, raises on names that are no checks
         if len(self.fence_low) != 3 or len(self.fence_high) != 3 or any(
                 not a < b for a, b in zip(self.fence_low, self.fence_high, strict=True)):
             raise ValueError('fence_low < fence_high must hold in x, y, z, '
