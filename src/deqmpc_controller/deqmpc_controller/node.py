@@ -11,6 +11,7 @@ import yaml
 from rclpy.node import Node
 
 from deqmpc import interface
+from deqmpc.neighbours import ColumnSettings, Neighbours
 from deqmpc.policies.base import POLICIES, load_policy
 from deqmpc_controller.plan_gate import ACCEPTED, GateSettings
 from deqmpc_controller.policy_loop import LoopSettings, PolicyLoop
@@ -30,7 +31,11 @@ class Settings:
     goal: list[float] = parameter([0.0, 0.0, 1.0, 0.0], 'goal x, y, z (m, world), yaw (rad)', -100.0, 100.0)
     rate: float = parameter(10.0, 'ticks a second (Hz)', 1.0, 200.0)
     max_state_age: float = parameter(0.1, 'odometry older than this gives no plan (s)', 0.005, 2.0)
-    max_obstacle_age: float = parameter(0.5, 'moving obstacles older than this give no plan (s)', 0.01, 10.0)
+    max_obstacle_age: float = parameter(0.5, 'moving obstacles and neighbours older than this give no plan (s)', 0.01,
+                                        10.0)
+    neighbours: list[str] = parameter([], 'other robots to keep away from, by their odometry')
+    neighbour_radius: float = parameter(0.25, 'least distance of two drones beside each other (m)', 0.05, 5.0)
+    neighbour_spacing: float = parameter(0.35, 'as much more above each other, for the downwash (m)', 0.0, 5.0)
     max_residual: float = parameter(0.02, 'largest constraint violation of a plan that is flown', 0.0, 10.0)
     fence_low: list[float] = parameter([-2.5, -2.5, 0.0], 'lower corner of the fence (m)', -100.0, 100.0)
     fence_high: list[float] = parameter([2.5, 2.5, 2.5], 'upper corner of the fence (m)', -100.0, 100.0)
@@ -73,7 +78,15 @@ def policy_loop(s: Settings, where: str) -> PolicyLoop:
     return PolicyLoop(
         policy_from(s, where), LoopSettings(1.0 / s.rate, s.max_state_age, s.max_obstacle_age),
         GateSettings(max_residual=s.max_residual, fence_low=tuple(s.fence_low),
-                     fence_high=tuple(s.fence_high), max_speed=s.max_speed, min_clearance=s.min_clearance))
+                     fence_high=tuple(s.fence_high), max_speed=s.max_speed, min_clearance=s.min_clearance),
+        neighbours=_neighbours(s, where))
+
+
+def _neighbours(s: Settings, where: str) -> Neighbours:
+    try:
+        return Neighbours(s.neighbours, ColumnSettings(s.neighbour_radius, s.neighbour_spacing))
+    except ValueError as error:
+        raise SettingsError(f'{where}: parameters neighbour_radius, neighbour_spacing: {error}') from error
 
 
 class PolicyNode(Node):
@@ -93,6 +106,9 @@ class PolicyNode(Node):
         subscription(self, interface.ODOM, self._robot,
                      lambda msg: self._loop.on_odometry(interface.read_odometry(msg)))
         subscription(self, interface.OBSTACLES, self._robot, self._on_obstacles)
+        for name in s.neighbours:
+            subscription(self, interface.ODOM, name, lambda msg, name=name: self._loop.neighbours.on_odometry(
+                name, interface.read_odometry(msg)))
         self._refusal = ''
         self.priority = s.priority  # read by run()
         self.create_timer(1.0 / s.rate, self._tick)

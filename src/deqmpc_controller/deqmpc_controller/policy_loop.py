@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from deqmpc.neighbours import Neighbours
 from deqmpc.policies.base import Policy
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 from deqmpc_controller.plan_gate import ACCEPTED, GateSettings, judge
@@ -20,7 +21,7 @@ class LoopSettings:
 
     period: float = 0.1  # s between ticks
     max_state_age: float = 0.1  # s, older odometry gives no plan
-    max_obstacle_age: float = 0.5  # s, for moving spheres only
+    max_obstacle_age: float = 0.5  # s, for moving spheres and neighbours only
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ class PolicyLoop:
     """
 
     def __init__(self, policy: Policy, settings: LoopSettings = LoopSettings(),
-                 gate: GateSettings = GateSettings(), clock: Callable[[], float] = time.perf_counter):
+                 gate: GateSettings = GateSettings(), clock: Callable[[], float] = time.perf_counter,
+                 neighbours: Neighbours | None = None):
         self.policy = policy
+        self.neighbours = neighbours or Neighbours(())  # whoever hears their odometry gives it to them
         self._settings = settings
         self._gate = gate
         self._clock = clock
@@ -113,13 +116,14 @@ class PolicyLoop:
         if reason:
             self._warm_start = None
             return Tick(self._number, None, reason, 'not run', 0.0, 0, float('nan'), self._misses, due)
+        obstacles = self.neighbours.join(self._obstacles, now)
         begin = self._clock()
-        plan, warm_start, status = self.policy.plan(self._state, self._obstacles, self._warm_start)
+        plan, warm_start, status = self.policy.plan(self._state, obstacles, self._warm_start)
         solve_time = self._clock() - begin
         if solve_time > self._settings.period:
             self._misses += 1
         gate = (status.message if plan is None
-                else judge(plan, status, self._state, self._obstacles, self._gate))
+                else judge(plan, status, self._state, obstacles, self._gate))
         accepted = gate == ACCEPTED
         self._warm_start = warm_start if accepted else None
         return Tick(self._number, plan if accepted else None, gate, status.message, solve_time,
@@ -139,4 +143,4 @@ class PolicyLoop:
         if self._obstacles.velocity.any() and now - self._obstacles.stamp > s.max_obstacle_age:
             return (f'moving obstacles are {now - self._obstacles.stamp:.2f} s old, '
                     f'limit {s.max_obstacle_age:g} s')
-        return ''
+        return self.neighbours.fault(now, s.max_obstacle_age)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from deqmpc.interface import POLICY_KEYS
+from deqmpc.neighbours import Neighbours
 from deqmpc.policies.base import PolicyStatus, load_policy
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 from deqmpc_controller.plan_gate import ACCEPTED
@@ -103,6 +104,22 @@ def test_moving_obstacles_must_be_fresh_and_static_ones_need_not(loop):
     assert loop.tick(5.0).gate == ACCEPTED
     loop.on_obstacles(dataclasses.replace(field, velocity=np.array([[0.1, 0.0, 0.0]])))
     assert 'moving obstacles are 5.05 s old' in loop.tick(5.05).gate
+
+
+def test_a_neighbour_must_be_heard_before_a_plan_is_made_and_is_a_moving_obstacle_of_it():
+    loop = PolicyLoop(load_policy('mpc_only', {}), neighbours=Neighbours(['cf2']))
+    loop.on_obstacles(Obstacles.none())
+    loop.on_odometry(state(0.0))
+    assert loop.tick(0.0).gate == 'no odometry of cf2 yet'
+    loop.neighbours.on_odometry('cf2', state(0.0, position=(0.6, 0.02, 1.0)))
+    plan = loop.tick(0.0).plan
+    assert np.linalg.norm(plan.position - [0.6, 0.02, 1.0], axis=1).min() > 0.25
+    assert 'odometry of cf2 is 0.60 s old' in _after(loop, 0.6).gate
+
+
+def _after(loop, now):
+    loop.on_odometry(state(now))
+    return loop.tick(now)
 
 
 def test_a_late_tick_is_measured_from_when_it_was_due(loop):
