@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
+from deqmpc import yaml_file
 
 GRAVITY = 9.81  # m/s^2
 
@@ -40,7 +40,7 @@ class Airframe:
     @classmethod
     def load(cls, path: str | Path) -> Airframe:
         """From YAML with exactly these field names; ValueError names the file, key and value that is wrong."""
-        data = yaml.safe_load(Path(path).read_text()) or {}
+        data = yaml_file.load(path) or {}
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if not isinstance(data, dict) or set(data) - set(fields):
             raise ValueError(f'{path}: expected a mapping with keys among {sorted(fields)}, got {data!r}')

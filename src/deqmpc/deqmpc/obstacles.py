@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from deqmpc import yaml_file
 from deqmpc.types import Obstacles
 
 
@@ -78,7 +78,7 @@ def load(path: str | Path) -> ObstacleField:
     """A field from YAML: {spheres: [{position: [x, y, z], radius: r, velocity: [x, y, z]}, ...],
     low: [...], high: [...]}; velocity, low and high are optional, low and high are the walls that
     moving spheres turn back at. ValueError names the entry that is wrong."""
-    data = yaml.safe_load(Path(path).read_text())
+    data = yaml_file.load(path)
     if not isinstance(data, dict) or not isinstance(data.get('spheres'), list):
         raise ValueError(f'{path}: expected a mapping with a list `spheres`')
     unknown = set(data) - {'spheres', 'low', 'high'}

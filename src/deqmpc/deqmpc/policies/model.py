@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensors_to_bytes
 
+from deqmpc import yaml_file
 from deqmpc.networks.obstacle_motion import ObstacleMotion
 from deqmpc.networks.temporal import Settings, TemporalNetwork
 from deqmpc.solvers import anderson
@@ -70,10 +71,7 @@ def load(folder: str | Path) -> Model:
         if not path.exists():
             raise FileNotFoundError(f'model {folder}: {path} does not exist; expected a folder with {SETTINGS} and '
                                     f'{WEIGHTS}')
-    try:
-        values = yaml.safe_load((folder / SETTINGS).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f'{folder / SETTINGS}: not YAML: {error}') from error
+    values = yaml_file.load(folder / SETTINGS)
     if not isinstance(values, dict) or set(values) - {'motion'} != set(_KEYS):
         got = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise ValueError(f'{folder / SETTINGS}: has {got}; expected exactly {", ".join(_KEYS)}, and '
