@@ -17,9 +17,8 @@ setup(
         ('share/' + package_name, ['package.xml']),
         ('share/' + package_name + '/launch', glob('../../launch/*')),
         ('share/' + package_name + '/config', glob('../../config/*.*')),
-        *[('share/' + package_name + '/config/' + d, glob(f'../../config/{d}/*'))
-          for d in ('airframes', 'policies', 'trials')],
-        *[('share/' + package_name + '/' + folder[6:], glob(folder + '/*')) for folder in glob('../../models/*/*')],
+        *[('share/' + package_name + '/' + folder[6:], glob(folder + '/*.*'))
+          for folder in glob('../../config/*/') + glob('../../models/*/*/')],
     ],
     install_requires=['pyyaml', 'tqdm'],
     extras_require={'test': ['pytest']},
