@@ -12,6 +12,7 @@ and metadata.yaml as rosbag2_storage_mcap writes them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -351,45 +352,62 @@ def _metadata_records(path: Path) -> dict[str, str]:
     return {}
 
 
-def bag_info(path: str | Path) -> BagInfo:
-    """Look at a bag. BagError when it is none, or when nothing in it can be read."""
+Messages = Callable[[Collection[str] | None], Iterator[tuple[str, str, int, bytes]]]
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[tuple[BagInfo, Messages]]:
+    """A bag, opened once: what `bag_info` says of it, and a function that gives its messages as `read_raw` does."""
     path = Path(path)
     whole, torn = _storage(path)
     if whole is None:
         topics = {channel.topic: kind for channel, kind, _, _ in _torn_messages(torn)}
-        return BagInfo(path, True, topics, _metadata_records(torn[0]))
-    try:
-        with Reader(whole) as reader:
+
+        def up_to_the_tear(wanted):
+            for channel, kind, log_time, data in _torn_messages(torn):
+                if wanted is None or channel.topic in wanted:
+                    yield channel.topic, kind, log_time, data
+        yield BagInfo(path, True, topics, _metadata_records(torn[0])), up_to_the_tear
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            reader = stack.enter_context(Reader(whole))
             topics = {c.topic: c.msgtype for c in reader.connections}
-    except _UNREADABLE as error:
-        raise BagError(f'{path}: not a readable rosbag2 bag: {error}') from error
-    if whole.is_dir():
+        except _UNREADABLE as error:
+            raise BagError(f'{path}: not a readable rosbag2 bag: {error}') from error
+
+        def messages(wanted):
+            connections = [c for c in reader.connections if wanted is None or c.topic in wanted]
+            try:
+                for connection, log_time, data in reader.messages(connections) if connections else ():
+                    yield connection.topic, connection.msgtype, log_time, data
+            except _UNREADABLE as error:
+                raise BagError(f'{path}: not a readable rosbag2 bag: {error}') from error
+        yield BagInfo(path, False, topics, _settings(whole)), messages
+
+
+def _settings(whole: Path) -> dict[str, str]:
+    """What BagWriter was given, from a whole bag: the MCAP record, which is quicker to read, or metadata.yaml."""
+    files = sorted(whole.glob('*.mcap'))[:1] if whole.is_dir() else [whole] if whole.suffix == '.mcap' else []
+    found = _metadata_records(files[0]) if files else {}
+    if not found and whole.is_dir():
         document = yaml.safe_load((whole / 'metadata.yaml').read_text())
-        custom = document['rosbag2_bagfile_information'].get('custom_data') or {}
-    else:
-        custom = _metadata_records(whole) if whole.suffix == '.mcap' else {}
-    return BagInfo(path, False, topics, {str(k): str(v) for k, v in custom.items()})
+        found = document['rosbag2_bagfile_information'].get('custom_data') or {}
+    return {str(k): str(v) for k, v in found.items()}
+
+
+def bag_info(path: str | Path) -> BagInfo:
+    """Look at a bag. BagError when it is none, or when nothing in it can be read."""
+    with opened(path) as (info, _):
+        return info
 
 
 def read_raw(path: str | Path,
              topics: Collection[str] | None = None) -> Iterator[tuple[str, str, int, bytes]]:
     """(topic, type, log time in ns, CDR bytes) in the order of log times; of a torn bag in the order of
     recording, up to the tear. `topics`: those to read, all when None. BagError when unreadable."""
-    path = Path(path)
-    whole, torn = _storage(path)
-    if whole is None:
-        for channel, kind, log_time, data in _torn_messages(torn):
-            if topics is None or channel.topic in topics:
-                yield channel.topic, kind, log_time, data
-        return
-    try:
-        with Reader(whole) as reader:
-            wanted = [c for c in reader.connections if topics is None or c.topic in topics]
-            if wanted:
-                for connection, log_time, data in reader.messages(wanted):
-                    yield connection.topic, connection.msgtype, log_time, data
-    except _UNREADABLE as error:
-        raise BagError(f'{path}: not a readable rosbag2 bag: {error}') from error
+    with opened(path) as (_, messages):
+        yield from messages(topics)
 
 
 def read_bag(path: str | Path,

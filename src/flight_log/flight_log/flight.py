@@ -9,12 +9,14 @@ import numpy as np
 
 from deqmpc import interface
 from deqmpc.types import Obstacles
-from flight_log.bag import BagError, bag_info, read_bag
+from flight_log import cdr
+from flight_log.bag import BagError, deserialize, opened
 from flight_log.metrics import SphereTrack
 from flight_log.replay import robot_in
 
 _READ = (interface.POSE, interface.ODOM, interface.OBSTACLES, interface.PLAN, interface.SETPOINT,
          interface.STATUS, interface.DIAGNOSTICS)
+_NUMBERS = (cdr.POSE, cdr.ODOM, cdr.PLAN)  # types that are read in bulk
 
 # Stamps that are further than this (s) from the log times come from another clock than the recorder's,
 # as in a replay without restamping; then log times are used throughout.
@@ -109,15 +111,16 @@ def _bits(text: str) -> int | None:
 
 
 class _Gather:
-    """Rows of numbers with their log times."""
+    """Rows of numbers with their log times, the stamp in column 0."""
 
     def __init__(self, width: int):
         self.rows: list[np.ndarray] = []
         self.log: list[float] = []
         self.width = width
 
-    def add(self, log: float, *parts) -> None:
-        self.rows.append(np.concatenate([np.atleast_1d(p) for p in parts]))
+    def add(self, log: float, row: np.ndarray) -> None:
+        """One row; numbers that the message does not have are NaN."""
+        self.rows.append(row if len(row) == self.width else np.append(row, np.full(self.width - len(row), np.nan)))
         self.log.append(log)
 
     def array(self, use_log: bool) -> np.ndarray:
@@ -132,55 +135,73 @@ def _states(a: np.ndarray) -> States:
     return States(a[:, 0], a[:, 1:4], a[:, 4:8], a[:, 8:11], a[:, 11:14])
 
 
+class _Read:
+    """What is taken from every message, in one pass."""
+
+    def __init__(self, robot: str, names: dict[str, interface.Topic], messages):
+        self.states = {t: _Gather(14) for t in (interface.ODOM, interface.POSE, interface.SETPOINT)}
+        self.ticks, self.plans = _Gather(6), []
+        self.status: list[tuple[float, FlightStatus]] = []
+        self.gates: list[str] = []
+        self.fields: list[tuple[float, Obstacles]] = []
+        self.broken: dict[str, str] = {}
+        self._robot = robot
+        numbers: dict[str, list[tuple[float, bytes]]] = {n: [] for n, t in names.items() if t.type in _NUMBERS}
+        for name, kind, log_time, data in messages:
+            log = 1e-9 * log_time
+            if name in numbers:
+                numbers[name].append((log, data))
+                continue
+            try:
+                self._words(names[name], log, deserialize(data, kind))
+            except ValueError as error:
+                self.broken.setdefault(name, str(error))
+        for name, given in numbers.items():
+            self._numbers(name, names[name], given)
+
+    def _words(self, topic, log, message) -> None:
+        if topic is interface.OBSTACLES:
+            self.fields.append((log, interface.read_obstacles(message)))
+            return
+        for d in interface.read_diagnostics(message):
+            v = d.values
+            if d.name == f'{self._robot}/flight':
+                self.status.append((log, FlightStatus(
+                    d.stamp, v.get('phase', ''), v.get('guard', ''), v.get('reason', ''),
+                    _number(v.get('battery_v')), _bits(v.get('supervisor')))))
+            elif d.name == f'{self._robot}/policy':
+                self.ticks.add(log, np.array([d.stamp, *(_number(v.get(k)) for k in (
+                    'tick', 'solve_ms', 'tick_ms', 'latency_ms', 'deadline_misses'))]))
+                self.gates.append(v.get('gate', ''))
+
+    def _numbers(self, name, topic, given) -> None:
+        rows, faults = cdr.read(topic.type, [data for _, data in given])
+        for (log, _), row in zip(given, rows, strict=True):
+            if row is None:
+                continue
+            if topic is interface.PLAN:
+                self.plans.append((log, row[:, 1:4]))
+            else:
+                self.states[topic].add(log, row if row.ndim == 1 else row[0, :14])
+        if faults:
+            self.broken[name] = faults[min(faults)]
+
+
 def load_flight(path: str | Path, robot: str = '') -> Flight:
     """Read a bag. `robot`: whose topics, needed only when the bag holds several.
 
     BagError when the bag is unreadable or holds neither pose nor odometry of the robot.
     """
-    info = bag_info(path)
-    robot = robot or robot_in(path, info.topics)
-    names = {t.resolve(robot): t for t in _READ}
-    wanted = [n for n, t in names.items() if info.topics.get(n) == t.type]
-    states = {t: _Gather(14) for t in (interface.ODOM, interface.POSE, interface.SETPOINT)}
-    ticks, plans = _Gather(6), []
-    status: list[tuple[float, FlightStatus]] = []
-    gates: list[str] = []
-    fields: list[tuple[float, Obstacles]] = []
-    broken: dict[str, str] = {}
-    unknown = np.full(6, np.nan)
-    for name, _, log, message in read_bag(path, wanted):
-        topic = names[name]
-        try:
-            if topic is interface.ODOM:
-                s = interface.read_odometry(message)
-                states[topic].add(log, s.stamp, s.position, s.quaternion, s.velocity, s.rates)
-            elif topic is interface.POSE:
-                states[topic].add(log, *interface.read_pose(message), unknown)
-            elif topic is interface.SETPOINT:
-                p = interface.read_plan(message)
-                states[topic].add(log, p.stamp + p.time_from_start[0], p.position[0], p.quaternion[0],
-                                  p.velocity[0], p.rates[0])
-            elif topic is interface.PLAN:
-                plans.append((log, interface.read_plan(message).position))
-            elif topic is interface.OBSTACLES:
-                fields.append((log, interface.read_obstacles(message)))
-            else:
-                for d in interface.read_diagnostics(message):
-                    v = d.values
-                    if d.name == f'{robot}/flight':
-                        status.append((log, FlightStatus(
-                            d.stamp, v.get('phase', ''), v.get('guard', ''), v.get('reason', ''),
-                            _number(v.get('battery_v')), _bits(v.get('supervisor')))))
-                    elif d.name == f'{robot}/policy':
-                        ticks.add(log, d.stamp, *(_number(v.get(k)) for k in (
-                            'tick', 'solve_ms', 'tick_ms', 'latency_ms', 'deadline_misses')))
-                        gates.append(v.get('gate', ''))
-        except ValueError as error:
-            broken.setdefault(name, str(error))
+    with opened(path) as (info, messages):
+        robot = robot or robot_in(path, info.topics)
+        names = {t.resolve(robot): t for t in _READ}
+        wanted = [n for n, t in names.items() if info.topics.get(n) == t.type]
+        read = _Read(robot, names, messages(wanted))
+    states, ticks, status = read.states, read.ticks, read.status
     if not states[interface.ODOM].rows and not states[interface.POSE].rows:
         raise BagError(f'{path}: no pose and no odometry of {robot}; it has {sorted(info.topics)}')
 
-    notes = [f'{name}: messages skipped, the first because: {why}' for name, why in broken.items()]
+    notes = [f'{name}: messages skipped, the first because: {why}' for name, why in read.broken.items()]
     motion = states[interface.ODOM] if states[interface.ODOM].rows else states[interface.POSE]
     delay = np.median(np.array(motion.log) - np.array([r[0] for r in motion.rows]))
     use_log = not abs(delay) <= CLOCK_DISAGREEMENT
@@ -203,8 +224,8 @@ def load_flight(path: str | Path, robot: str = '') -> Flight:
         path=Path(path), robot=robot, torn=info.torn, metadata=info.metadata, odom=arrays[interface.ODOM],
         pose=arrays[interface.POSE], setpoint=arrays[interface.SETPOINT],
         status=sorted((s for _, s in status), key=lambda s: s.t),
-        ticks=Ticks(t[:, 0], t[:, 1], t[:, 2], t[:, 3], t[:, 4], t[:, 5], [gates[i] for i in order]),
-        plans=Plans(np.array([log for log, _ in plans]), [p for _, p in plans]),
-        spheres=SphereTrack.of([f for _, f in fields],
-                               [log if use_log or len(f.radius) == 0 else f.stamp for log, f in fields]),
+        ticks=Ticks(t[:, 0], t[:, 1], t[:, 2], t[:, 3], t[:, 4], t[:, 5], [read.gates[i] for i in order]),
+        plans=Plans(np.array([log for log, _ in read.plans]), [p for _, p in read.plans]),
+        spheres=SphereTrack.of([f for _, f in read.fields],
+                               [log if use_log or len(f.radius) == 0 else f.stamp for log, f in read.fields]),
         notes=notes)
