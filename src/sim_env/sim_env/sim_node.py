@@ -1,6 +1,7 @@
-"""Node `sim`: a simulated Crazyflie on cflib's UDP link and a simulated OptiTrack on NatNet.
+"""Node `sim`: simulated Crazyflies on cflib's UDP links and a simulated OptiTrack on NatNet.
 
-The other nodes connect to it as to the real ones; over ROS it publishes only the truth.
+The other nodes connect to it as to the real ones; over ROS it publishes only the truth. One process simulates all
+drones of a fleet: a step of one costs 0.03 ms a simulated millisecond.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from sim_env.natnet_server import NatNetServer, NatNetSettings
 from sim_env.pacing import Pacer
 from sim_env.plant import PlantSettings
 from sim_env.simulated_crazyflie import SimSettings, SimulatedCrazyflie
-from sim_env.wires import WiredLab
+from sim_env.wires import WiredDrone, WiredLab
 
 _LOOP = 0.002  # s: steps are 1 ms, so 2 a round; a round trip of a radio packet takes at most this
 _TRUTH = 0.010  # s
@@ -37,6 +38,10 @@ class Settings:
 
     seed: int = parameter(0, 'seed of start pose, sensor noise, losses and motor spread', 0)
     start: str = parameter('random', "'x y z yaw' (m, rad), or random: on the floor, drawn from the seed")
+    robots: list[str] = parameter([], 'names of the drones of a fleet; empty: one, the robot of the namespace')
+    starts: list[str] = parameter([], "start of each of `robots`, 'x y z yaw' (m, rad) or random; empty: as start")
+    crazyflie_uris: list[str] = parameter([], 'where cflib finds each of `robots`; empty: ports from the one of'
+                                          ' crazyflie_uri upwards')
     start_range: float = parameter(1.0, 'a random start lies within this of the origin in x and in y (m)',
                                    0.0, 50.0)
     airframe: str = parameter('', 'YAML of the simulated airframe; empty: the built-in Crazyflie 2.1')
@@ -107,8 +112,26 @@ def _seeds(seed: int) -> list[int]:
     return [int(n) for n in np.random.SeedSequence(seed).generate_state(3)]
 
 
+def of_robot(s: Settings, robot: str) -> Settings:
+    """`s` for one drone: of a fleet, its start, link and seed in the place of the common ones. SettingsError where the
+    lists of the fleet do not fit each other, or `robot` is not in it."""
+    if not s.robots:
+        return s
+    for name in ('starts', 'crazyflie_uris'):
+        if len(getattr(s, name)) not in (0, len(s.robots)):
+            raise SettingsError(f'{name} has {len(getattr(s, name))} entries for {len(s.robots)} robots {s.robots}')
+    if robot not in s.robots or len(set(s.robots)) < len(s.robots):
+        raise SettingsError(f'robots = {s.robots}; expected {robot!r} among different names')
+    k = s.robots.index(robot)
+    host, port = udp_address(s.crazyflie_uri)
+    # The first has the seed of a lone drone; the others' are drawn from it.
+    seed = s.seed if k == 0 else int(np.random.SeedSequence([s.seed, k]).generate_state(1)[0])
+    return replace(s, seed=seed, start=s.starts[k] if s.starts else s.start, robots=[], starts=[], crazyflie_uris=[],
+                   crazyflie_uri=s.crazyflie_uris[k] if s.crazyflie_uris else f'udp://{host}:{port + k if port else 0}')
+
+
 def make_crazyflie(s: Settings) -> SimulatedCrazyflie:
-    """The drone that `s` asks for, at its start pose."""
+    """The drone that `s` (of one robot) asks for, at its start pose."""
     position, yaw = start_pose(s.start, s.seed, s.start_range)
     plant = PlantSettings(battery_charge=s.battery)
     return SimulatedCrazyflie(SimSettings(airframe=_airframe(s.airframe), plant=plant), _seeds(s.seed)[0],
@@ -116,7 +139,7 @@ def make_crazyflie(s: Settings) -> SimulatedCrazyflie:
 
 
 def make_sensor(s: Settings) -> MocapSensor:
-    """The cameras that `s` asks for."""
+    """The cameras that `s` (of one robot) asks for."""
     return MocapSensor(MocapSettings(
         rate=s.mocap_rate, position_noise=s.position_noise, orientation_noise=s.orientation_noise,
         latency=s.mocap_latency, jitter=s.mocap_jitter, drop_probability=s.drop_probability,
@@ -125,22 +148,34 @@ def make_sensor(s: Settings) -> MocapSensor:
         false_pose_distance=s.false_pose_distance), _seeds(s.seed)[1])
 
 
-def make_lab(s: Settings, body: str, clock: float, warn) -> WiredLab:
+def make_drone(s: Settings, warn) -> WiredDrone:
+    """The drone, peer and cameras of one robot. OSError when its port cannot be opened."""
+    crazyflie, link = make_crazyflie(s), LinkDirection(s.radio_loss, s.radio_latency, s.radio_jitter)
+    peer = CrtpPeer(crazyflie, udp_address(s.crazyflie_uri), link, link, _seeds(s.seed)[2], warn)
+    return WiredDrone(crazyflie, peer, make_sensor(s))
+
+
+def make_lab(s: Settings, robot: str, clock: float, warn) -> WiredLab:
     """The lab that `s` asks for, its clock starting at `clock` (s). SettingsError says what cannot be."""
-    crazyflie, sensor = make_crazyflie(s), make_sensor(s)
-    link = LinkDirection(s.radio_loss, s.radio_latency, s.radio_jitter)
+    robots = s.robots or [robot]
+    if s.body and s.robots:
+        raise SettingsError(f'body = {s.body!r}; the bodies of a fleet are named as its robots {s.robots}')
     version = tuple(int(n) for n in s.natnet_version.split('.'))
-    peer = None
+    drones: dict[str, WiredDrone] = {}
     try:
-        peer = CrtpPeer(crazyflie, udp_address(s.crazyflie_uri), link, link, _seeds(s.seed)[2], warn)
-        server = NatNetServer([Body(body, 1)], NatNetSettings(
+        for name in robots:
+            own = of_robot(s, name)
+            if drones:  # what becomes of a frame is drawn once, for the first
+                own = replace(own, drop_probability=0.0, burst_rate=0.0)
+            drones[s.body or name] = make_drone(own, warn)
+        server = NatNetServer([Body(body, k) for k, body in enumerate(drones, 1)], NatNetSettings(
             address=s.natnet_address, command_port=s.natnet_command_port, data_port=s.natnet_data_port,
             multicast=s.natnet_multicast, version=version, y_up=s.natnet_y_up, frame_rate=s.mocap_rate), warn)
     except (OSError, ValueError) as error:
-        if peer is not None:
-            peer.close()
+        for drone in drones.values():
+            drone.peer.close()
         raise SettingsError(error.strerror if isinstance(error, OSError) else str(error)) from None
-    return WiredLab(crazyflie, peer, server, sensor, Pacer(clock, s.real_time_factor), body)
+    return WiredLab(drones, server, Pacer(clock, s.real_time_factor))
 
 
 class SimNode(Node):
@@ -150,31 +185,33 @@ class SimNode(Node):
         super().__init__('sim')
         self.robot = robot_name(self)
         settings = declare(self, Settings)
-        self.lab = make_lab(settings, settings.body or self.robot, time.monotonic(),
-                            self.get_logger().warning)
-        self.truth = publisher(self, interface.TRUTH, self.robot)
+        self.robots = settings.robots or [self.robot]
+        self.lab = make_lab(settings, self.robot, time.monotonic(), self.get_logger().warning)
+        self.truths = [publisher(self, interface.TRUTH, name) for name in self.robots]
         self.diagnostics = publisher(self, interface.DIAGNOSTICS, self.robot)
-        self.watch = FlightWatch(self, self.robot)
+        self.watches = [FlightWatch(self, name) for name in self.robots]
         self._next_truth = 0.0
         self._slips = 0
         self.create_timer(_LOOP, self._advance)
         self.create_timer(1.0, self._report)
-        p = self.lab.crazyflie.truth().position
-        self.get_logger().info(
-            f'Crazyflie at udp://{self.lab.peer.address[0]}:{self.lab.peer.address[1]}, NatNet '
-            f'{settings.natnet_version} at {self.lab.server.address[0]}:{self.lab.server.address[1]}, '
-            f'start {p[0]:.2f} {p[1]:.2f} {p[2]:.2f}')
+        for name, drone in zip(self.robots, self.lab.drones.values(), strict=True):
+            p = drone.crazyflie.truth().position
+            self.get_logger().info(
+                f'{name} at udp://{drone.peer.address[0]}:{drone.peer.address[1]}, NatNet {settings.natnet_version} '
+                f'at {self.lab.server.address[0]}:{self.lab.server.address[1]}, '
+                f'start {p[0]:.2f} {p[1]:.2f} {p[2]:.2f}')
 
     def _advance(self):
         self.lab.advance(time.monotonic())
-        crazyflie = self.lab.crazyflie
-        if crazyflie.time >= self._next_truth - 1e-9:
-            self._next_truth = max(self._next_truth + _TRUTH, crazyflie.time)
-            state = crazyflie.truth()
-            # The ROS time at which this instant was due, not the time this callback got round to it.
-            stamp = now(self) - (time.monotonic() - self.lab.pacer.clock(crazyflie.time))
-            state = type(state)(stamp, state.position, state.quaternion, state.velocity, state.rates)
-            self.truth.publish(interface.odometry_message(TYPES, state, self.robot))
+        simulated = self.lab.first.crazyflie.time
+        if simulated < self._next_truth - 1e-9:
+            return
+        self._next_truth = max(self._next_truth + _TRUTH, simulated)
+        # The ROS time at which this instant was due, not the time this callback got round to it.
+        stamp = now(self) - (time.monotonic() - self.lab.pacer.clock(simulated))
+        for name, drone, truth in zip(self.robots, self.lab.drones.values(), self.truths, strict=True):
+            state = replace(drone.crazyflie.truth(), stamp=stamp)
+            truth.publish(interface.odometry_message(TYPES, state, name))
 
     def _report(self):
         lab, pacer = self.lab, self.lab.pacer
@@ -183,16 +220,16 @@ class SimNode(Node):
         self.diagnostics.publish(interface.diagnostics_message(
             TYPES, now(self), f'{self.robot}/sim', interface.WARN if late else interface.OK,
             'slower than real time' if late else 'in real time', {
-                'time': lab.crazyflie.time, 'lag_ms': 1e3 * pacer.lag, 'slips': pacer.slips,
+                'time': lab.first.crazyflie.time, 'lag_ms': 1e3 * pacer.lag, 'slips': pacer.slips,
                 'slipped_s': pacer.slipped, 'mocap_exposed': lab.counts['exposed'],
                 'mocap_delivered': lab.counts['delivered'], 'mocap_untracked': lab.counts['untracked'],
                 'natnet_clients': len(lab.server.clients), 'natnet_malformed': lab.server.counts['malformed'],
-                **{f'radio_{name}': lab.peer.counts[name] for name in (
+                **{f'radio_{name}': sum(d.peer.counts[name] for d in lab.drones.values()) for name in (
                     'received', 'sent', 'malformed', 'unsupported', 'lost_up', 'lost_down')}}))
 
     def may_stop(self) -> bool:
-        """Not while the drone is being landed: it needs its physics until it stands."""
-        return not self.watch.in_air()
+        """Not while a drone is being landed: it needs its physics until it stands."""
+        return not any(watch.in_air() for watch in self.watches)
 
     def close(self):
         """Release the ports."""

@@ -20,7 +20,7 @@ from deqmpc import interface
 from deqmpc.dynamics import rotation
 from deqmpc_ros.node import SettingsError, subscription
 from sim_env.pacing import Pacer
-from sim_env.sim_node import Settings, make_lab, start_pose, udp_address
+from sim_env.sim_node import Settings, make_lab, of_robot, start_pose, udp_address
 
 WAIT = 20.0  # s
 
@@ -70,6 +70,47 @@ def test_frames_carry_the_exposure_on_the_servers_clock_and_arrive_after_the_lat
     assert sent[-1][2]['cf1'][0] == pytest.approx([0.5, -0.25, 0.0], abs=0.01)
 
 
+def test_a_fleet_is_one_camera_system_with_a_body_and_a_radio_port_for_each_drone():
+    sim = lab(robots=['cf1', 'cf2'], starts=['0.5 0 0 0', '-0.5 0.2 0 0'], mocap_jitter=0.0, position_noise=0.0)
+    sent = []
+    sim.server.send_frame = lambda number, exposure, poses, now: sent.append(poses)
+    for k in range(1, 101):
+        sim.advance(0.002 * k)
+    sim.close()
+    assert [d.peer.address[1] for d in sim.drones.values()] != [sim.first.peer.address[1]] * 2
+    assert sent[-1]['cf1'][0] == pytest.approx([0.5, 0.0, 0.0], abs=0.01)
+    assert sent[-1]['cf2'][0] == pytest.approx([-0.5, 0.2, 0.0], abs=0.01)
+
+
+def test_a_lost_frame_is_lost_for_every_body_and_an_occlusion_hides_one():
+    sim = lab(robots=['cf1', 'cf2'], drop_probability=0.5, occlusion_rate=5.0, seed=3)
+    sent = []
+    sim.server.send_frame = lambda number, exposure, poses, now: sent.append(poses)
+    for k in range(1, 1001):
+        sim.advance(0.002 * k)
+    sim.close()
+    assert 60 < len(sent) < 140  # of 198
+    hidden = [tuple(pose is None for pose in poses.values()) for poses in sent]
+    assert {(False, False), (True, False), (False, True)} <= set(hidden)
+
+
+def test_the_first_of_a_fleet_is_simulated_as_if_it_were_alone():
+    alone, fleet = Settings(seed=5), Settings(seed=5, robots=['cf1', 'cf2'])
+    assert of_robot(fleet, 'cf1') == alone
+    second = of_robot(fleet, 'cf2')
+    assert second.seed != 5 and second.crazyflie_uri == 'udp://127.0.0.1:19851'
+
+
+@pytest.mark.parametrize(('given', 'said'), [
+    ({'starts': ['0 0 0 0']}, 'starts has 1 entries for 2 robots'), ({'robots': ['cf1', 'cf1']}, 'different names'),
+    ({'robots': ['cf8']}, "expected 'cf1' among"), ({'body': 'x'}, "body = 'x'")])
+def test_a_fleet_whose_lists_do_not_fit_is_refused(given, said):
+    fleet = {'robots': ['cf1', 'cf2'], **given}
+    with pytest.raises(SettingsError, match=said):
+        of_robot(Settings(**fleet), 'cf1')
+        lab(**fleet)
+
+
 def test_cflib_and_natnet_see_the_same_crazyflie_take_off():
     sim = lab(time.monotonic(), start='0.3 0.2 0 0')
     mocap = natnet_client.NatNetClient(command_port=sim.server.address[1], use_multicast=False)
@@ -90,7 +131,7 @@ def test_cflib_and_natnet_see_the_same_crazyflie_take_off():
         cf.extpos.send_extpose(*body.pos, *body.rot)
     try:
         cf.fully_connected.add_callback(ready.append)
-        cf.open_link(f'udp://127.0.0.1:{sim.peer.address[1]}')
+        cf.open_link(f'udp://127.0.0.1:{sim.first.peer.address[1]}')
         run(lambda: ready)
         threading.Thread(target=mocap.connect, args=(WAIT,), daemon=True).start()
         run(lambda: mocap.connected)
@@ -98,9 +139,9 @@ def test_cflib_and_natnet_see_the_same_crazyflie_take_off():
         run(lambda: len(heights) > 50, mocap.update_sync)
         cf.high_level_commander.takeoff(0.4, 1.0)
         run(lambda: heights[-1] > 0.35, mocap.update_sync)
-        assert sim.crazyflie.supervisor_info & 1 << 4  # flying
-        assert sim.crazyflie.truth().position == pytest.approx([0.3, 0.2, 0.4], abs=0.1)
-        assert sim.peer.counts['malformed'] == sim.server.counts['malformed'] == 0
+        assert sim.first.crazyflie.supervisor_info & 1 << 4  # flying
+        assert sim.first.crazyflie.truth().position == pytest.approx([0.3, 0.2, 0.4], abs=0.1)
+        assert sim.first.peer.counts['malformed'] == sim.server.counts['malformed'] == 0
     finally:
         cf.close_link()
         mocap.shutdown()
