@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """One drone's flight: requests, poses and plans in; radio commands out; the guard between.
 
-Time is an argument everywhere (s, any clock that poses, plans and telemetry share), so a node drives
-this class with the ROS clock and an in-process loop with simulated time. It is not thread-safe: one
-thread calls it; only the Radio behind it may have threads of its own.
+Time is an argument everywhere: `now` is s of a steady clock, which the Radio's telemetry shares. Stamps of poses,
+plans and obstacles are ROS time, read through `on_ros_time`; a loop in simulated time, where the two are one,
+need not call that. It is not thread-safe: one thread calls it; only the Radio behind it may have threads of its
+own.
 
 Radio commands can be lost, so nothing here is believed because it was sent: arming is over when the
 supervisor says so, a motion when the pose has arrived; what had no effect is sent again, and after its
@@ -13,19 +14,21 @@ time-out the flight ends by landing.
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from crazyflie_interface import guard, phases, radio
+from crazyflie_interface import collision, guard, phases, radio
 from crazyflie_interface.guard import Answer
 from crazyflie_interface.radio import Radio
-from crazyflie_interface.setpoint import Setpoint, plan_fault, setpoint_at, setpoint_fault
+from crazyflie_interface.setpoint import Setpoint, plan_fault, positions_at, setpoint_at, setpoint_fault
 from crazyflie_interface.settings import FlightSettings
+from crazyflie_interface.stamp_clock import StampClock
 from deqmpc import interface
 from deqmpc.dynamics import rotation
-from deqmpc.types import Plan, RigidBodyState
+from deqmpc.types import Obstacles, Plan, RigidBodyState
 
 TICK = 0.02  # s, period of FlightManager.tick
 RESEND = 0.5  # s after which a request without effect is sent again
@@ -34,6 +37,7 @@ HANDOVER_REPEATS = 2  # ticks on which a hold, a landing or its end is sent agai
 MAX_RETRIES = 2  # times a motion without effect is sent again
 ESTIMATOR_SETTLES = 2.0  # s after a reset of the onboard estimator before it is reset again
 ON_GROUND = 0.05  # m above the take-off point below which a landing has landed
+WATCHDOG_PERIOD = 0.15  # s; the firmware wants one a second, and packets get lost
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,11 @@ class FlightManager:
         self._pose_seen = -np.inf  # instant at which the drone is known to have been there
         self._pose_fault = ''
         self._pose_times: collections.deque[float] = collections.deque()
-        self._odometry: tuple[float, np.ndarray] | None = None  # instant, velocity
+        self._odometry: tuple[float, np.ndarray] | None = None  # arrival, velocity
+        self._odometry_fault = ''
+        self._obstacles = Obstacles.none()  # stamped on the steady clock
+        self.stamps = StampClock(self.settings.clock_step)
+        self.heard: dict[str, tuple[float, interface.Diagnostic]] = {}  # node -> arrival, newest status
         self._last_setpoint: Setpoint | None = None
         self._since: dict[str, float] = {}
         self._watchdog_sent = -np.inf
@@ -194,7 +202,8 @@ class FlightManager:
         elif self.phase == 'armed' or self._arming_since is not None:
             self._stop_arming()
             self.radio.arm(False)
-            self.phase = 'disarmed'
+            if self.phase == 'armed':
+                self._enter('disarm')
 
     @property
     def grounded(self) -> bool:
@@ -203,11 +212,16 @@ class FlightManager:
 
     # --- inputs -----------------------------------------------------------------------------------
 
+    def on_ros_time(self, ros: float, now: float) -> None:
+        """The ROS clock (s) at `now`, to be called before inputs and ticks."""
+        self.stamps.observe(ros, now)
+
     def on_pose(self, stamp: float, position: np.ndarray, quaternion: np.ndarray, now: float) -> str:
-        """A mocap pose (m, xyzw, world) taken at `stamp`: forwarded to the drone and remembered.
+        """A mocap pose (m, xyzw, world) taken at `stamp` (ROS time): forwarded to the drone and remembered.
 
         Returns why it is refused, empty when it is used. A refused pose counts as no pose.
         """
+        stamp = self.stamps.steady(stamp, now)
         self._pose_fault = self._judge_pose(stamp, position, quaternion)
         if self._pose_fault:
             return self._pose_fault
@@ -227,19 +241,39 @@ class FlightManager:
         if abs(norm - 1.0) > 0.05:
             return f'pose quaternion has norm {norm:.3g}, expected 1'
         if self._pose is not None and stamp <= self._pose[0]:
-            return f'pose stamp {stamp:.3f} s is not after the last one {self._pose[0]:.3f} s'
-        return ''
+            return f'pose stamp is not after the last one, but {self._pose[0] - stamp:.3f} s before it'
+        return self._impossible(stamp, position, quaternion) if self.phase in phases.FLYING else ''
+
+    def _impossible(self, stamp, position, quaternion) -> str:
+        """Why no flying drone has this pose after the last one. On the ground it may stand still, and be carried."""
+        s, (stamp_before, before, attitude) = self.settings, self._pose
+        quaternion = rotation.normalize(quaternion)
+        if self._height() > ON_GROUND and np.array_equal(position, before) and np.array_equal(quaternion, attitude):
+            return 'pose repeats the last one bit for bit: frozen'
+        dt, moved = stamp - stamp_before, np.asarray(position, float) - before
+        reach = s.jump_speed * dt + s.jump_margin
+        distance = float(np.linalg.norm(moved))
+        if self._odometry is not None and distance <= reach:
+            distance = float(np.linalg.norm(moved - dt * self._odometry[1]))
+            reach = 0.5 * s.jump_acceleration * dt * dt + s.jump_margin
+        if distance > reach:
+            return f'pose jumped: {distance:.2f} m from where it can be after {dt:.2f} s (limit {reach:.2f} m)'
+        turned = 2.0 * float(np.arccos(min(1.0, abs(attitude @ quaternion))))
+        limit = s.jump_rate * dt + s.jump_angle
+        return f'pose flipped: turned {turned:.2f} rad in {dt:.2f} s (limit {limit:.2f} rad)' if turned > limit else ''
 
     def on_plan(self, plan: Plan, now: float) -> str:
-        """A plan from the policy. Returns why it is refused, empty when it is used."""
+        """A plan from the policy, stamped in ROS time. Returns why it is refused, empty when it is used."""
         s = self.settings
+        if np.isfinite(plan.stamp):
+            plan = dataclasses.replace(plan, stamp=self.stamps.steady(plan.stamp, now))
         self._plan_fault = plan_fault(plan)
         if not self._plan_fault and not -s.plan_latency <= now - plan.stamp <= s.plan_latency:
             self._plan_fault = (f'plan stamp is {now - plan.stamp:.2f} s old on arrival '
                                 f'(limit {s.plan_latency} s)')
         if not self._plan_fault and self._plan is not None and plan.stamp <= self._plan.stamp:
-            self._plan_fault = (f'plan stamp {plan.stamp:.3f} s is not after the last one '
-                                f'{self._plan.stamp:.3f} s')
+            self._plan_fault = (f'plan stamp is not after the last one, but {self._plan.stamp - plan.stamp:.3f} s '
+                                'before it')
         if not self._plan_fault:
             self._plan, self._plan_received = plan, now
         return self._plan_fault
@@ -249,9 +283,28 @@ class FlightManager:
         self._plan_fault = reason
 
     def on_odometry(self, state: RigidBodyState, now: float) -> None:
-        """Velocity for the fence's look ahead. A state that is not finite is left out."""
-        if state.is_finite():
+        """Velocity for what looks ahead. A state that is not finite, or not where the pose is, is left out."""
+        self._odometry_fault = self._judge_odometry(state, now)
+        if not self._odometry_fault:
             self._odometry = (now, state.velocity)
+
+    def _judge_odometry(self, state, now):
+        if not state.is_finite():
+            return 'odometry is not finite'
+        if self._pose is not None:
+            apart = float(np.linalg.norm(state.position - self._pose[1]))
+            limit = self.settings.jump_margin + self.settings.jump_speed * max(self._pose_age(now), 0.0)
+            if apart > limit:
+                return f'odometry is {apart:.2f} m from the pose (limit {limit:.2f} m)'
+        return ''
+
+    def on_obstacles(self, obstacles: Obstacles, now: float) -> None:
+        """The virtual spheres, stamped in ROS time."""
+        self._obstacles = dataclasses.replace(obstacles, stamp=self.stamps.steady(obstacles.stamp, now))
+
+    def on_diagnostic(self, node: str, diagnostic: interface.Diagnostic, now: float) -> None:
+        """One status of /diagnostics of this robot's `node` (policy, recorder, mocap, ...)."""
+        self.heard[node] = (now, diagnostic)
 
     # --- the 50 Hz tick ---------------------------------------------------------------------------
 
@@ -266,9 +319,7 @@ class FlightManager:
         setpoint, fault = self._next_setpoint(now)
         self.answer = guard.decide(self._inputs(telemetry, setpoint, fault, now), self.settings)
         self._act(now)
-        if self.settings.firmware_watchdog and self.phase != 'disarmed' and now - self._watchdog_sent >= 0.2:
-            self._watchdog_sent = now
-            self.radio.emergency_watchdog()
+        self._feed_watchdog(now)
         if self.phase == 'emergency' and now - self._cut_since <= CUT_REPEAT:
             self.radio.emergency_stop()
         if self.phase != 'following':
@@ -277,6 +328,13 @@ class FlightManager:
         self._last_setpoint = setpoint
         self.setpoints_sent += 1
         return setpoint
+
+    def _feed_watchdog(self, now):
+        # Once begun it must go on also on the ground, or the firmware locks the drone between two flights.
+        wanted = self.phase != 'disarmed' or self._watchdog_sent > -np.inf
+        if self.settings.firmware_watchdog and wanted and now - self._watchdog_sent >= WATCHDOG_PERIOD:
+            self._watchdog_sent = now
+            self.radio.emergency_watchdog()
 
     def _next_setpoint(self, now):
         if self.phase != 'following':
@@ -290,22 +348,81 @@ class FlightManager:
         tilt = rotation.tilt(self._pose[2]) if self._pose is not None else 0.0
         volts = telemetry.battery_v
         loaded = None if volts is None else volts + (s.battery_sag if flying else 0.0)
-        velocity = None
-        if self._odometry is not None and now - self._odometry[0] < s.pose_hold:
-            velocity = self._odometry[1]
+        odometry_age = np.inf if self._odometry is None else now - self._odometry[0]
+        velocity = self._odometry[1] if odometry_age < s.pose_hold else None
+        error = self._estimate_error(telemetry, now) if flying else 0.0
+        meetings = self._meetings(setpoint, fault, velocity, now)
+        meets = any(m.worse_than(s.collision_margin) for m in meetings.values())
+        if meets or (self.phase == 'holding' and self._guard_held_since is not None):
+            meetings |= self._ways_out(now)
         return guard.Inputs(
             phase=self.phase, pose_age=self._pose_age(now), plan_age=now - self._plan_received,
+            odometry_age=odometry_age,
             position=None if self._pose is None else self._pose[1], velocity=velocity,
             setpoint=None if setpoint is None else setpoint.position, setpoint_fault=fault,
-            plan_fault=self._plan_fault, pose_fault=self._pose_fault,
+            plan_fault=self._plan_fault or self._policy_says(now), pose_fault=self._pose_fault,
+            odometry_fault=self._odometry_fault,
+            estimate_error=error, estimate_off_for=self._lasting('estimate', not error <= s.estimate_error, now),
+            **meetings, meeting_for=self._lasting('meeting', meets, now),
+            clock_step=self.stamps.last_step if self.stamps.settling(now) else 0.0,
+            recorder_fault=self._recorder_fault(now) if flying else '',
             tilted_for=self._lasting('tilt', tilt > s.tilt_cut, now), battery_v=volts,
             battery_low_for=self._lasting(
-                'low', flying and loaded is not None and loaded < s.battery_land, now),
+                'low', flying and not (loaded is not None and loaded >= s.battery_land), now),
             battery_critical_for=self._lasting(
                 'critical', flying and volts is not None and volts < s.battery_critical, now),
             supervisor=telemetry.supervisor, link=telemetry.link, link_fault=telemetry.fault,
             telemetry_age=np.inf if telemetry.stamp is None else max(now - telemetry.stamp, 0.0),
             guard_held_for=None if self._guard_held_since is None else now - self._guard_held_since)
+
+    def _estimate_error(self, telemetry, now) -> float:
+        """Distance (m) of the onboard estimate from the pose; NaN when it has none, 0 while either is stale."""
+        stale = telemetry.stamp is None or now - telemetry.stamp >= self.settings.telemetry_land
+        if stale or telemetry.position is None or self._pose_age(now) >= self.settings.pose_hold:
+            return 0.0
+        return float(np.linalg.norm(telemetry.position - self._pose[1]))
+
+    def _meetings(self, setpoint, fault, velocity, now) -> dict[str, collision.Encounter]:
+        """The flown plan and the measured motion with the spheres, while a plan is followed."""
+        s = self.settings
+        if setpoint is None or fault or s.collision_horizon == 0.0 or len(self._obstacles.radius) == 0:
+            return {}
+        ahead, spheres = collision.instants(s.collision_horizon), self._obstacles.at(now)
+        plan = positions_at(self._plan, now + s.look_ahead + ahead)
+        meetings = {'planned': collision.encounter(plan, ahead, spheres)}
+        if velocity is not None:
+            apart, drift = self._pose[1] - plan[0], velocity - setpoint.velocity
+            motion = plan + apart + ahead[:, None] * drift
+            meetings['measured'] = collision.encounter(motion, ahead, spheres)
+        return meetings
+
+    def _ways_out(self, now) -> dict[str, collision.Encounter]:
+        """A hold and a landing from where the drone would be held, with the spheres."""
+        s, spheres = self.settings, self._obstacles.at(now)
+        ahead = collision.instants(s.hold_land)
+        place, _ = self._hold_pose()
+        hold = np.tile(place, (len(ahead), 1))
+        landing = hold.copy()
+        landing[:, 2] = np.maximum(hold[:, 2] - s.land_speed * ahead, s.land_height)
+        return {'held': collision.encounter(hold, ahead, spheres),
+                'landed': collision.encounter(landing, ahead, spheres)}
+
+    def _policy_says(self, now) -> str:
+        """Why there is no plan, as far as the policy's diagnostics tell."""
+        if 'policy' not in self.heard:
+            return ''
+        came, word = self.heard['policy']
+        if now - came >= self.settings.plan_hold:
+            return f'the policy is silent for {now - came:.2f} s'
+        return '' if word.level == interface.OK else f'the policy says: {word.message}'
+
+    def _recorder_fault(self, now) -> str:
+        if 'recorder' not in self.heard:
+            return ''
+        came, word = self.heard['recorder']
+        if now - came >= self.settings.recorder_silence:
+            return f'the recorder is silent for {now - came:.1f} s (limit {self.settings.recorder_silence} s)'
+        return f'the recorder says: {word.message}' if word.level == interface.ERROR else ''
 
     def _lasting(self, name: str, condition: bool, now: float) -> float:
         """How long (s) `condition` has been true without a break."""
@@ -316,18 +433,17 @@ class FlightManager:
 
     def _act(self, now):
         """Carry out a guard's answer that is worse than what the phase already is."""
-        if self.answer.answer == guard.BASELINE[self.phase]:
-            return
-        if self.answer.answer == 'cut':
-            if self.phase == 'armed':  # on the ground, where disarming is enough and locks nothing
-                self.radio.arm(False)
-                self.phase, self.reason = 'disarmed', self.answer.reason
-            else:
-                self._cut(now, self.answer.reason)
-        elif self.answer.answer == 'land':
+        event = phases.ON_ANSWER[self.phase].get(self.answer.answer)
+        if event == 'cut':
+            self._cut(now, self.answer.reason)
+        elif event == 'land':
             self._land(now, self.answer.reason)
-        elif self.answer.answer == 'hold':
+        elif event == 'disengage':
             self._hold(now, self.answer.reason)
+        elif event == 'disarm':
+            self.radio.arm(False)
+            self._enter('disarm')
+            self.reason = self.answer.reason
 
     # --- what the drone is doing ------------------------------------------------------------------
 
@@ -347,7 +463,7 @@ class FlightManager:
                 self._arming_sent = now
                 self.radio.arm(True)
         elif self.phase == 'armed' and telemetry.supervisor is not None and not bits & radio.ARMED:
-            self.phase = 'disarmed'
+            self._enter('disarm')
             self.reason = f'drone disarmed itself on the ground (supervisor 0x{bits:03x})'
 
     def _stop_arming(self):
@@ -455,10 +571,7 @@ class FlightManager:
         next ticks: without them the firmware levels out after 0.5 s and cuts after 2 s.
         """
         self._enter('disengage')
-        if self._last_setpoint is not None:
-            target, yaw = self._last_setpoint.position, self._last_setpoint.yaw
-        else:
-            target, yaw = self._pose[1], float(rotation.yaw(self._pose[2]))
+        target, yaw = self._hold_pose()
         duration = self.settings.hold_duration
         def command():
             self.radio.go_to(target, yaw, duration)
@@ -466,6 +579,12 @@ class FlightManager:
         self._begin('hold', target, duration, command, now, HANDOVER_REPEATS)
         if reason:
             self.reason, self._guard_held_since = reason, now
+
+    def _hold_pose(self) -> tuple[np.ndarray, float]:
+        """Where (m) and with which heading (rad) a hold that begins now brings the drone to rest."""
+        if self._last_setpoint is not None:
+            return self._last_setpoint.position, self._last_setpoint.yaw
+        return self._pose[1], float(rotation.yaw(self._pose[2]))
 
     def _land(self, now: float, reason: str = '') -> None:
         """Land from whatever flies now."""
@@ -635,4 +754,10 @@ class FlightManager:
             warnings.append(f'no mocap pose for {self._pose_age(now):.2f} s')
         if self.phase == 'following' and now - self._plan_received >= s.plan_warn:
             warnings.append(f'no plan for {now - self._plan_received:.2f} s')
+        if self._pose_fault or self._odometry_fault:
+            warnings.append(self._pose_fault or self._odometry_fault)
+        if self.stamps.settling(now):
+            warnings.append(f'the system clock was set by {self.stamps.last_step:+.3f} s')
+        if self._recorder_fault(now):
+            warnings.append(self._recorder_fault(now))
         return (interface.WARN, '; '.join(warnings)) if warnings else (interface.OK, self.phase)

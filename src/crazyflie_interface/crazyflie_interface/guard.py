@@ -10,6 +10,51 @@ function of `Inputs`. Every check names the answer it asks for, the worst one wi
 The answer never asks for less than the phase already is (a holding drone is not told to follow), and
 phases only go back by an operator's engage, go_to or arm: that is the latch, so a regained mocap or
 policy never resumes a flight by itself.
+
+Names in the last column are parameters (GuardSettings). "Flying" is taking_off, holding, following and landing;
+an answer that is milder than the phase (hold while landing) changes nothing.
+
+    condition                                              while        answer  limit
+    radio link lost                                        armed on     cut*    at once; final until disarmed
+    supervisor: tumbled, crashed or locked                 armed on     cut*    at once
+    tilt                                                   armed on     cut*    tilt_cut for tilt_time
+    drone disarmed itself                                  flying, not  cut     at once
+                                                           landing
+    mocap: no pose that is believed (below)                flying       hold    pose_hold
+                                                                        land    pose_land
+                                                                        cut     pose_cut
+    drone outside the fence                                flying       land    0 m (no floor unless following)
+                                                                        cut     fence_margin
+    measured velocity leads out of the fence               flying       hold    fence_horizon
+    onboard estimate away from mocap, or not a number      flying       land    estimate_error for estimate_time
+    battery low (plus battery_sag), or unknown             flying       land    battery_land for battery_time
+    battery critical (as measured)                         flying       land    battery_critical for its time
+    no telemetry                                           flying       land    telemetry_land
+    a packet could not be sent                             flying       land    at once
+    recorder silent or failed, if it has been heard        flying       recorder_answer after recorder_silence
+    no plan that is believed (below)                       following    hold    plan_hold
+    no odometry that is believed                           following    hold    pose_hold
+    setpoint not finite, beyond the radio, or out of the   following    hold    at once, before it is sent
+    fence
+    flown plan or measured motion meets a virtual sphere   following    hold    collision_margin within
+                                                                                collision_horizon for collision_time
+    ... and the hold would be hit, a landing less          following,   land    collision_margin within hold_land
+                                                           guard's hold
+    system clock was set                                   following    hold    clock_step
+    hold that the guard began                              holding      land    hold_land
+
+    * on the ground, phase armed: disarmed instead, which locks nothing
+
+A pose is not believed (FlightManager.on_pose; its reason stands beside the age) when a number is not finite, the
+quaternion has no unit norm, its stamp does not advance (late poses are as old as their stamp), or, in the air,
+when it repeats the last one bit for bit (frozen) or lies where no drone can have flown since (jump, another
+body, a flipped attitude). Odometry: not finite, or away from the pose. A plan: not finite, times that do not
+increase, no unit quaternion, a stamp that does not advance or is further than plan_latency from the present.
+
+Ages and times are of the steady clock; the ROS clock may be set without making anything older or younger
+(stamp_clock). Requests end a flight too: land, emergency (from any phase), and shutdown of the node, which lands.
+Below this guard stand the radio thread's dead man (cflib_radio) and the firmware's own time-outs: level after
+0.5 s without a setpoint, motors off after 2 s, and its emergency watchdog once `firmware_watchdog` began it.
 """
 
 from __future__ import annotations
@@ -20,6 +65,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crazyflie_interface import radio
+from crazyflie_interface.collision import Encounter
 from crazyflie_interface.settings import GuardSettings
 
 ANSWERS = ('idle', 'follow', 'hold', 'land', 'cut')  # from mildest to worst
@@ -44,21 +90,32 @@ class Inputs:
     phase: str  # one of interface.PHASES
     pose_age: float  # of the last usable mocap pose
     plan_age: float = 0.0  # of the last usable plan's arrival
+    odometry_age: float = 0.0  # of the last usable odometry's arrival
     position: np.ndarray | None = None  # (3,) m, world, last usable pose
     velocity: np.ndarray | None = None  # (3,) m/s, world; None when odometry is stale
     setpoint: np.ndarray | None = None  # (3,) m, world, position about to be sent
     setpoint_fault: str = ''  # why that setpoint cannot be sent
-    plan_fault: str = ''  # why the newest plan was refused
+    plan_fault: str = ''  # why the newest plan was refused, or what the policy says
     pose_fault: str = ''  # why the newest pose was refused
+    odometry_fault: str = ''  # why the newest odometry was refused
     tilted_for: float = 0.0  # s the tilt has been above tilt_cut
     battery_v: float | None = None  # V, measured
-    battery_low_for: float = 0.0  # s the voltage has been below battery_land
+    battery_low_for: float = 0.0  # s the voltage has been below battery_land or unknown
     battery_critical_for: float = 0.0  # s the voltage has been below battery_critical
     supervisor: int | None = None  # bits of radio.py
     link: str = 'up'  # Telemetry.link
     link_fault: str = ''  # Telemetry.fault
     telemetry_age: float = 0.0
     guard_held_for: float | None = None  # s since the guard, not the operator, began this hold
+    estimate_error: float = 0.0  # m from the onboard estimate to the pose
+    estimate_off_for: float = 0.0  # s it has been above estimate_error
+    planned: Encounter | None = None  # the flown plan with the spheres, within collision_horizon
+    measured: Encounter | None = None  # the measured motion, likewise
+    meeting_for: float = 0.0  # s for which one of the two has met a sphere
+    held: Encounter | None = None  # a hold from here, within hold_land
+    landed: Encounter | None = None  # a landing from here, likewise
+    clock_step: float = 0.0  # s by which the ROS clock was set just now
+    recorder_fault: str = ''  # why the flight is not recorded any more
 
 
 def outside(point: np.ndarray, low, high) -> float:
@@ -98,16 +155,31 @@ def _in_flight(i: Inputs, s: GuardSettings) -> Iterator[tuple[str, str]]:
         yield 'land', f'radio: {i.link_fault}'
     if i.telemetry_age >= s.telemetry_land:
         yield 'land', f'no telemetry for {i.telemetry_age:.2f} s (limit {s.telemetry_land} s)'
+    if i.estimate_off_for > s.estimate_time:
+        yield 'land', (f'onboard estimate {i.estimate_error:.2f} m from mocap for {i.estimate_off_for:.1f} s '
+                       f'(limit {s.estimate_error} m)')
+    yield from _battery(i, s)
+    if i.recorder_fault and s.recorder_answer != 'warn':
+        yield s.recorder_answer, i.recorder_fault
+    if i.supervisor is not None and not i.supervisor & radio.ARMED and i.phase != 'landing':
+        yield 'cut', f'drone disarmed itself (supervisor 0x{i.supervisor:03x})'
+    if i.phase == 'holding' and i.guard_held_for is not None:
+        if i.guard_held_for >= s.hold_land:
+            yield 'land', f'held {i.guard_held_for:.1f} s by the guard without a new engage'
+        if _landing_is_clearer(i, s):
+            yield 'land', f'the hold would be hit: {_meeting(i.held)}'
+    if i.phase == 'following':
+        yield from _following(i, s)
+
+
+def _battery(i, s):
     for below, limit, time in ((i.battery_critical_for, s.battery_critical, s.battery_critical_time),
                                (i.battery_low_for, s.battery_land, s.battery_time)):
         if below > time:
-            yield 'land', f'battery {i.battery_v:.2f} V, below {limit} V for {below:.1f} s'
-    if i.supervisor is not None and not i.supervisor & radio.ARMED and i.phase != 'landing':
-        yield 'cut', f'drone disarmed itself (supervisor 0x{i.supervisor:03x})'
-    if i.phase == 'holding' and i.guard_held_for is not None and i.guard_held_for >= s.hold_land:
-        yield 'land', f'held {i.guard_held_for:.1f} s by the guard without a new engage'
-    if i.phase == 'following':
-        yield from _following(i, s)
+            if i.battery_v is None or not np.isfinite(i.battery_v):
+                yield 'land', f'battery voltage is unknown for {below:.1f} s'
+            else:
+                yield 'land', f'battery {i.battery_v:.2f} V, below {limit} V for {below:.1f} s'
 
 
 def _mocap(i, s):
@@ -146,3 +218,22 @@ def _following(i, s):
     if i.plan_age >= s.plan_hold:
         because = f' ({i.plan_fault})' if i.plan_fault else ''
         yield 'hold', f'no plan for {i.plan_age:.2f} s (limit {s.plan_hold} s){because}'
+    if i.odometry_age >= s.pose_hold:
+        because = f' ({i.odometry_fault})' if i.odometry_fault else ''
+        yield 'hold', f'no odometry for {i.odometry_age:.2f} s (limit {s.pose_hold} s){because}'
+    if i.clock_step:
+        yield 'hold', f'the system clock was set by {i.clock_step:+.3f} s'
+    if i.meeting_for > s.collision_time:
+        answer = 'land' if _landing_is_clearer(i, s) else 'hold'
+        for encounter, what in ((i.planned, 'plan'), (i.measured, 'motion')):
+            if encounter is not None and encounter.worse_than(s.collision_margin):
+                yield answer, f'the {what} meets a sphere: {_meeting(encounter)}'
+
+
+def _landing_is_clearer(i, s) -> bool:
+    return (i.held is not None and i.landed is not None and i.held.worse_than(s.collision_margin)
+            and i.landed.clearance > i.held.clearance)
+
+
+def _meeting(encounter: Encounter) -> str:
+    return f'{encounter.clearance:.2f} m from the surface of sphere {encounter.sphere} in {encounter.after:.2f} s'

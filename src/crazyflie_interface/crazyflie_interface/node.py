@@ -5,11 +5,13 @@ flying drone alone."""
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
 import traceback
 
+from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 
 from crazyflie_interface.cflib_radio import CflibRadio
@@ -18,12 +20,14 @@ from crazyflie_interface.radio import Radio, RadioError
 from crazyflie_interface.settings import Settings
 from deqmpc import interface
 from deqmpc.dynamics import rotation
+from deqmpc.types import Obstacles
 from deqmpc_ros.messages import TYPES, message_class
 from deqmpc_ros.node import SettingsError, declare, now, publisher, robot_name, run, subscription
 
 STATUS_TICKS = 5  # 10 Hz
 DIAGNOSTICS_TICKS = 50  # 1 Hz
 CLOSE_TIMEOUT = 15.0  # s that closing waits for the ground
+READING = 0.002  # s; two clocks read further apart than this say nothing about each other
 
 
 class CrazyflieInterface(Node):
@@ -35,24 +39,27 @@ class CrazyflieInterface(Node):
         self.robot = robot_name(self)
         self.settings = declare(self, Settings)
         try:
-            self.radio = radio or CflibRadio(self.settings, lambda: now(self))
+            self.radio = radio or CflibRadio(self.settings, time.monotonic)
         except RadioError as error:
             raise SettingsError(f'{self.get_fully_qualified_name()}: {error}') from error
         self.manager = FlightManager(self.radio, self.settings)
         self._ticks, self._late, self._last_tick = 0, 0.0, None
         self._last_phase, self._last_refusal = '', ''
         self._poses = 0
+        self._obstacles: Obstacles | None = None
         self._connect_error = ''
         self._setpoint = publisher(self, interface.SETPOINT, self.robot)
         self._status = publisher(self, interface.STATUS, self.robot)
         self._diagnostics = publisher(self, interface.DIAGNOSTICS, self.robot)
         self._inputs = [subscription(self, topic, self.robot, callback) for topic, callback in (
             (interface.POSE, self._on_pose), (interface.ODOM, self._on_odometry),
-            (interface.PLAN, self._on_plan), (interface.GO_TO, self._on_go_to))]
+            (interface.PLAN, self._on_plan), (interface.GO_TO, self._on_go_to),
+            (interface.OBSTACLES, self._on_obstacles), (interface.DIAGNOSTICS, self._on_diagnostics))]
         self._requests = [
             self.create_service(message_class(kind), name, getattr(self, f'_on_{name}'))
             for name, kind in interface.SERVICES.items()]
-        self._timer = self.create_timer(TICK, self._tick)
+        # A timer of the ROS clock would stop for as long as somebody sets the system's clock back.
+        self._timer = self.create_timer(TICK, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
         # Connecting takes seconds and may fail, so it has a thread; the executor is free to stop meanwhile.
         self._connecting = threading.Thread(target=self._connect, name='radio_connect', daemon=True)
         self._connecting.start()
@@ -83,12 +90,19 @@ class CrazyflieInterface(Node):
 
     # --- messages in ------------------------------------------------------------------------------
 
+    def _now(self) -> float:
+        """The flight's clock (s): steady. The ROS clock is compared with it on the way."""
+        before, ros, after = time.monotonic(), now(self), time.monotonic()
+        if after - before < READING:
+            self.manager.on_ros_time(ros, after)
+        return after
+
     def _on_pose(self, msg):
         self._poses += 1
-        self._refused('pose', self.manager.on_pose(*interface.read_pose(msg), now(self)))
+        self._refused('pose', self.manager.on_pose(*interface.read_pose(msg), self._now()))
 
     def _on_odometry(self, msg):
-        self.manager.on_odometry(interface.read_odometry(msg), now(self))
+        self.manager.on_odometry(interface.read_odometry(msg), self._now())
 
     def _on_plan(self, msg):
         try:
@@ -97,7 +111,7 @@ class CrazyflieInterface(Node):
             self.manager.refuse_plan(str(error))
             self._refused('plan', str(error))
             return
-        self._refused('plan', self.manager.on_plan(plan, now(self)))
+        self._refused('plan', self.manager.on_plan(plan, self._now()))
 
     def _on_go_to(self, msg):
         _, position, quaternion = interface.read_pose(msg)
@@ -106,12 +120,27 @@ class CrazyflieInterface(Node):
         except ValueError as error:
             self.get_logger().warning(f'go_to: {error}')
             return
-        self._report('go_to', self.manager.go_to(position, yaw, now(self)))
+        self._report('go_to', self.manager.go_to(position, yaw, self._now()))
+
+    def _on_obstacles(self, msg):
+        try:
+            self._obstacles = interface.read_obstacles(msg, self._obstacles)
+        except ValueError as error:
+            self._refused('obstacles', str(error))
+            return
+        self._refused('obstacles', '')
+        self.manager.on_obstacles(self._obstacles, self._now())
+
+    def _on_diagnostics(self, msg):
+        for status in interface.read_diagnostics(msg):
+            robot, _, name = status.name.partition('/')
+            if robot == self.robot and name != 'crazyflie_interface':
+                self.manager.on_diagnostic(name, status, self._now())
 
     def _refused(self, what: str, reason: str):
         """Log a refused input once a change of reason, not once a message."""
         reason = reason and f'{what}: {reason}'
-        kind = reason.split(' is ')[0]
+        kind = re.sub(r'[-+.\d]+', '#', reason)
         if kind and kind != self._last_refusal:
             self.get_logger().warning(reason)
         if kind or self._last_refusal.startswith(what):
@@ -121,25 +150,25 @@ class CrazyflieInterface(Node):
 
     def _on_arm(self, request, response):
         return self._answer(response, 'arm' if request.data else 'disarm',
-                            self.manager.arm(bool(request.data), now(self)))
+                            self.manager.arm(bool(request.data), self._now()))
 
     def _on_takeoff(self, _, response):
-        return self._answer(response, 'takeoff', self.manager.takeoff(now(self)))
+        return self._answer(response, 'takeoff', self.manager.takeoff(self._now()))
 
     def _on_land(self, _, response):
-        return self._answer(response, 'land', self.manager.land(now(self)))
+        return self._answer(response, 'land', self.manager.land(self._now()))
 
     def _on_engage(self, _, response):
-        return self._answer(response, 'engage', self.manager.engage(now(self)))
+        return self._answer(response, 'engage', self.manager.engage(self._now()))
 
     def _on_disengage(self, _, response):
-        return self._answer(response, 'disengage', self.manager.disengage(now(self)))
+        return self._answer(response, 'disengage', self.manager.disengage(self._now()))
 
     def _on_emergency(self, _, response):
-        return self._answer(response, 'emergency', self.manager.emergency(now(self)))
+        return self._answer(response, 'emergency', self.manager.emergency(self._now()))
 
     def _on_preflight(self, _, response):
-        failures = self.manager.preflight(now(self))
+        failures = self.manager.preflight(self._now())
         return self._answer(response, 'preflight', Result(not failures, '; '.join(failures) or 'ready to arm'))
 
     def _answer(self, response, what, result):
@@ -152,18 +181,18 @@ class CrazyflieInterface(Node):
             self.get_logger().info(f'{what}: {result.message}')
         else:  # a call of its own: rclpy allows one severity a line of code
             self.get_logger().warning(f'{what} refused: {result.message}')
-        self._publish_status(now(self))
+        self._publish_status(self._now())
 
     # --- tick and messages out --------------------------------------------------------------------
 
     def _tick(self):
-        t = now(self)
+        t = self._now()
         if self._last_tick is not None:
             self._late = max(self._late, t - self._last_tick - TICK)
         self._last_tick = t
         setpoint = self.manager.tick(t)
         if setpoint is not None:
-            self._setpoint.publish(interface.plan_message(TYPES, setpoint.as_plan(t), self.robot))
+            self._setpoint.publish(interface.plan_message(TYPES, setpoint.as_plan(now(self)), self.robot))
         if self.manager.phase != self._last_phase:
             self.get_logger().info(f'{self._last_phase or "start"} -> {self.manager.phase}'
                                    + (f': {self.manager.reason}' if self.manager.reason else ''))
@@ -179,7 +208,7 @@ class CrazyflieInterface(Node):
         self._last_phase = self.manager.phase
         level, message = self.manager.health(t)
         self._status.publish(interface.diagnostics_message(
-            TYPES, t, f'{self.robot}/flight', level, message, self.manager.status(t), self.settings.uri))
+            TYPES, now(self), f'{self.robot}/flight', level, message, self.manager.status(t), self.settings.uri))
 
     def _publish_diagnostics(self, t):
         telemetry = self.radio.telemetry()
@@ -187,16 +216,17 @@ class CrazyflieInterface(Node):
         values = {'link': telemetry.link, 'link_fault': telemetry.fault,
                   'telemetry_age_ms': None if telemetry.stamp is None else 1000.0 * (t - telemetry.stamp),
                   'poses_per_second': self._poses, 'setpoints_sent': self.manager.setpoints_sent,
-                  'tick_late_max_ms': 1000.0 * self._late}
+                  'tick_late_max_ms': 1000.0 * self._late, 'clock_steps': self.manager.stamps.steps,
+                  'clock_step_s': self.manager.stamps.last_step}
         self._poses, self._late = 0, 0.0
         self._diagnostics.publish(interface.diagnostics_message(
-            TYPES, t, f'{self.robot}/crazyflie_interface', level, message, values, self.settings.uri))
+            TYPES, now(self), f'{self.robot}/crazyflie_interface', level, message, values, self.settings.uri))
 
     # --- the end ----------------------------------------------------------------------------------
 
     def may_stop(self) -> bool:
         """Asked to stop: lands if flying; True once the drone is on the ground."""
-        self.manager.shutdown(now(self))
+        self.manager.shutdown(self._now())
         return self.manager.grounded
 
     def close(self) -> None:
@@ -211,7 +241,7 @@ class CrazyflieInterface(Node):
                 while not self.may_stop() and time.monotonic() < until:
                     self.executor.spin_once(timeout_sec=TICK)
                 for _ in range(3):  # the repeats of the last command
-                    self.manager.tick(now(self))
+                    self.manager.tick(self._now())
                     time.sleep(TICK)
             except Exception:
                 traceback.print_exc()

@@ -6,6 +6,9 @@
     taking_off, holding, following --land--> landing --landed--> disarmed
     armed, emergency --disarm--> disarmed
     any phase --cut--> emergency
+
+What the guard's answers (guard.ANSWERS) do to a phase stands in the second table; an answer that is not there
+changes nothing, because the phase already is that, or asks for more.
 """
 
 from __future__ import annotations
@@ -26,6 +29,17 @@ TRANSITIONS: dict[str, tuple[tuple[str, ...], str]] = {
     'land': (('taking_off', 'holding', 'following'), 'landing'),
     'landed': (('landing',), 'disarmed'),
     'cut': (PHASES, 'emergency'),
+}
+
+# phase -> the guard's answer -> the event it brings about
+ON_ANSWER: dict[str, dict[str, str]] = {
+    'disarmed': {},
+    'armed': {'cut': 'disarm'},  # on the ground disarming is enough, and locks nothing
+    'taking_off': {'land': 'land', 'cut': 'cut'},
+    'holding': {'land': 'land', 'cut': 'cut'},
+    'following': {'hold': 'disengage', 'land': 'land', 'cut': 'cut'},
+    'landing': {'cut': 'cut'},
+    'emergency': {},
 }
 
 

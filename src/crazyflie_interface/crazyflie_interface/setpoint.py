@@ -89,12 +89,28 @@ def setpoint_at(plan: Plan, t: float) -> Setpoint:
     h = times[i + 1] - times[i]
     u = (s - times[i]) / h
     p0, p1, v0, v1 = plan.position[i], plan.position[i + 1], plan.velocity[i], plan.velocity[i + 1]
-    position = ((2 * u**3 - 3 * u**2 + 1) * p0 + (u**3 - 2 * u**2 + u) * h * v0
-                + (3 * u**2 - 2 * u**3) * p1 + (u**3 - u**2) * h * v1)
+    position = _hermite(p0, p1, v0, v1, h, u)
     velocity = ((6 * u**2 - 6 * u) * (p0 - p1) / h + (3 * u**2 - 4 * u + 1) * v0 + (3 * u**2 - 2 * u) * v1)
     quaternion = slerp(rotation.normalize(plan.quaternion[i]), rotation.normalize(plan.quaternion[i + 1]), u)
     return Setpoint(position, velocity, (1 - u) * plan.acceleration[i] + u * plan.acceleration[i + 1],
                     quaternion, (1 - u) * plan.rates[i] + u * plan.rates[i + 1])
+
+
+def positions_at(plan: Plan, t: np.ndarray) -> np.ndarray:
+    """Positions (n, 3) m of `plan` at the instants `t` (n,) s: those of `setpoint_at`."""
+    times = plan.time_from_start
+    s = np.clip(t - plan.stamp, 0.0, times[-1])
+    if len(times) == 1:
+        return np.tile(plan.position, (len(s), 1))
+    i = np.clip(np.searchsorted(times, s, side='right') - 1, 0, len(times) - 2)
+    h = (times[i + 1] - times[i])[:, None]
+    u = (s - times[i])[:, None] / h
+    return _hermite(plan.position[i], plan.position[i + 1], plan.velocity[i], plan.velocity[i + 1], h, u)
+
+
+def _hermite(p0, p1, v0, v1, h, u):
+    return ((2 * u**3 - 3 * u**2 + 1) * p0 + (u**3 - 2 * u**2 + u) * h * v0
+            + (3 * u**2 - 2 * u**3) * p1 + (u**3 - u**2) * h * v1)
 
 
 def setpoint_fault(setpoint: Setpoint) -> str:

@@ -62,6 +62,40 @@ class GuardSettings:
         0.0, 1.0)
     telemetry_land: float = parameter(
         1.0, "Silence (s) of the drone's telemetry at which it is told to land.", 0.2, 10.0)
+    jump_speed: float = parameter(
+        3.0, 'Mean speed (m/s) from one mocap pose to the next, in the air, above which the newer is a jump and not '
+        'believed; policies plan up to 2 m/s.', 0.5, 20.0)
+    jump_acceleration: float = parameter(
+        15.0, 'Acceleration (m/s^2) from the measured velocity above which it is one too; a Crazyflie has 10.',
+        1.0, 200.0)
+    jump_margin: float = parameter(
+        0.1, 'Distance (m) added to both: noise, and flight during a gap.', 0.005, 2.0)
+    jump_rate: float = parameter(
+        6.0, 'Mean rate (rad/s) from one mocap attitude to the next, in the air, above which the newer is a flip '
+        'and not believed.', 0.5, 50.0)
+    jump_angle: float = parameter(
+        0.35, 'Angle (rad) added to it.', 0.01, 3.2)
+    estimate_error: float = parameter(
+        0.4, "Distance (m) of the drone's own estimate from mocap that counts as lost: twice what 0.1 s of telemetry "
+        'age makes at 2 m/s.', 0.05, 5.0)
+    estimate_time: float = parameter(
+        0.5, 'Time (s) that it must last before the drone lands.', 0.0, 5.0)
+    collision_margin: float = parameter(
+        -0.03, "Distance (m) to a virtual sphere's surface below which a predicted path meets it; negative: so deep "
+        'inside.', -1.0, 1.0)
+    collision_horizon: float = parameter(
+        0.5, 'Time (s) ahead at which flown plan and measured motion are held against the spheres; 0 looks at none.',
+        0.0, 2.0)
+    collision_time: float = parameter(
+        0.15, 'Time (s) that a predicted meeting must last: the policy plans anew every 0.1 s and may avoid it.',
+        0.0, 1.0)
+    clock_step: float = parameter(
+        0.05, 'Step (s) of the system clock, against one that nobody can set, at which a followed plan is left for '
+        'hold.', 0.005, 10.0)
+    recorder_silence: float = parameter(
+        5.0, 'Silence (s) in flight of a recorder that was heard before, after which it counts as dead.', 1.5, 60.0)
+    recorder_answer: str = parameter(
+        'land', 'What the guard does when the recorder has died or failed in flight.', choices=('warn', 'hold', 'land'))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from crazyflie_interface import radio  # noqa: E402
 from crazyflie_interface.node import CrazyflieInterface  # noqa: E402
 from crazyflie_interface.radio import Radio, RadioError, Telemetry  # noqa: E402
 from deqmpc import interface  # noqa: E402
-from deqmpc.types import Plan  # noqa: E402
+from deqmpc.types import Plan, RigidBodyState  # noqa: E402
 from deqmpc_ros.messages import TYPES, message_class  # noqa: E402
 from deqmpc_ros.node import SettingsError, now, publisher, subscription  # noqa: E402
 
@@ -32,12 +32,11 @@ class Drone:
 
     def __init__(self):
         self.position, self.bits = np.array([0.0, 0.0, 0.02]), radio.CAN_ARM
-        self.clock = time.time
         self.link = 'up'
         self.radio = create_autospec(Radio, instance=True)
         self.radio.set_and_check_parameters.return_value = ()
         self.radio.telemetry.side_effect = lambda: Telemetry(
-            link=self.link, stamp=self.clock(), battery_v=4.1, supervisor=self.bits,
+            link=self.link, stamp=time.monotonic(), battery_v=4.1, supervisor=self.bits,
             position=self.position.copy(), yaw=0.0, variance=np.zeros(3), parameter_faults=())
         self.radio.arm.side_effect = self.arm
         self.radio.takeoff.side_effect = lambda height, _: self.position.__setitem__(2, height)
@@ -56,7 +55,6 @@ class Graph:
             drone.radio, namespace='cf1', use_global_arguments=False,
             parameter_overrides=[Parameter(k, value=v) for k, v in {**SLACK, **parameters}.items()])
         self.client = rclpy.create_node('client', namespace='cf1')
-        drone.clock = lambda: now(self.node)
         self.executor = EventsExecutor()
         self.executor.add_node(self.node)
         self.executor.add_node(self.client)
@@ -67,14 +65,18 @@ class Graph:
             subscription(self.client, interface.SETPOINT, 'cf1',
                          lambda m: self.setpoints.append(interface.read_plan(m)))]
         self.pose = publisher(self.client, interface.POSE, 'cf1')
+        self.odometry = publisher(self.client, interface.ODOM, 'cf1')
         self.plan = publisher(self.client, interface.PLAN, 'cf1')
         self.timer = self.client.create_timer(0.01, self.publish)
         self.count = 0
 
     def publish(self):
         t = now(self.client)
-        self.pose.publish(interface.pose_message(TYPES, t, self.drone.position, LEVEL))
         self.count += 1
+        position = self.drone.position + 1e-6 * (-1) ** self.count  # cameras never give the same numbers twice
+        self.pose.publish(interface.pose_message(TYPES, t, position, LEVEL))
+        self.odometry.publish(interface.odometry_message(
+            TYPES, RigidBodyState(t, position, LEVEL, np.zeros(3), np.zeros(3)), 'cf1'))
         if self.count % 5 == 0:
             p = np.tile(self.drone.position, (11, 1))
             plan = Plan(t, 0.1 * np.arange(11), p, np.tile(LEVEL, (11, 1)), *np.zeros((3, 11, 3)))
