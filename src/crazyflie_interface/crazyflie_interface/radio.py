@@ -24,11 +24,27 @@ class RadioError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class LinkStatistics:
+    """What is measured of the link itself. None: not known yet, or not on this kind of link."""
+
+    uplink_hz: float | None = None  # packets to the drone that it acknowledged, empty polls among them
+    downlink_hz: float | None = None  # packets from the drone, empty ones among them
+    uplink_use: float | None = None  # share (0 to 1) of uplink packets that carry data; near 1: no room left
+    downlink_use: float | None = None  # the same of the downlink
+    retries: float | None = None  # retransmissions a packet, mean of the last 100
+    rssi_dbm: float | None = None  # signal strength at the drone
+    latency: float | None = None  # s, round trip that 95 % of the last pings stayed below
+    pings_lost: float | None = None  # share (0 to 1) of the last pings that were not answered in 1 s
+    reconnects: int = 0  # times the link was opened again since the start
+
+
+@dataclass(frozen=True)
 class Telemetry:
-    """What is known of the drone. None: not known yet."""
+    """What is known of the drone. None: not known yet. Numbers are as the drone sent them: they may be
+    NaN."""
 
     link: str = 'connecting'  # connecting | up | lost
-    fault: str = ''  # why the link is lost, or what of ours could not be sent
+    fault: str = ''  # why the link is lost or not up yet, or what of ours could not be sent
     stamp: float | None = None  # s, when the newest telemetry arrived
     battery_v: float | None = None  # V, under whatever load it has
     supervisor: int | None = None  # bits, see above
@@ -37,16 +53,20 @@ class Telemetry:
     yaw: float | None = None  # rad, onboard estimate
     variance: np.ndarray | None = None  # (3,) m^2, of the onboard position
     parameter_faults: tuple[str, ...] | None = None  # parameters that did not read back as set
+    link_statistics: LinkStatistics = LinkStatistics()
 
 
 class Radio(Protocol):
     """A link to one Crazyflie. Positions m and velocities m/s in world, angles rad."""
 
     def connect(self) -> None:
-        """Open the link; returns when the drone is ready for parameters. Raises RadioError."""
+        """Open the link; returns when the drone is ready for parameters. Called again after a loss, it
+        waits for the drone as long as it takes; all that was known of the drone is forgotten. Raises
+        RadioError."""
 
     def set_and_check_parameters(self) -> tuple[str, ...]:
-        """Set controller, estimator and mocap trust, reset the estimator, read all back: the faults."""
+        """Set controller, estimator and mocap trust, read all back, reset the estimator unless the drone
+        flies: the faults."""
 
     def telemetry(self) -> Telemetry:
         """The newest telemetry."""

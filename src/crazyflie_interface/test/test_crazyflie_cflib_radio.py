@@ -18,8 +18,9 @@ from cflib.crazyflie.param import Param
 from cflib.crazyflie.supervisor import Supervisor
 from cflib.crtp.udpdriver import UdpDriver
 
-from crazyflie_interface import cflib_radio
-from crazyflie_interface.cflib_radio import LOG_BLOCKS, CflibRadio, Outbox, ResendingUdp, check_uri, explain
+from crazyflie_interface import cflib_link, cflib_radio
+from crazyflie_interface.cflib_link import ResendingUdp, check_uri, explain
+from crazyflie_interface.cflib_radio import LOG_BLOCKS, CflibRadio, Outbox
 from crazyflie_interface.radio import Radio, RadioError
 from crazyflie_interface.setpoint import Setpoint
 from crazyflie_interface.settings import RadioSettings
@@ -39,13 +40,13 @@ class Clock:
 def linked():
     """A CflibRadio over a mocked Crazyflie, without its thread: `flush` sends what waits."""
     clock = Clock()
-    r = CflibRadio(RadioSettings(uri='udp://127.0.0.1:19850'), clock)
+    r = CflibRadio(RadioSettings(uri='udp://127.0.0.1:19850'), clock, clock)
     cf = MagicMock(spec=Crazyflie)
     cf.commander, cf.loc = MagicMock(spec=Commander), MagicMock(spec=Localization)
     cf.high_level_commander, cf.supervisor = MagicMock(spec=HighLevelCommander), MagicMock(spec=Supervisor)
     cf.param = MagicMock(spec=Param)
     cf.link = MagicMock()
-    r._cf = cf
+    r._cf, r._heard = cf, clock.now
     r._update(link='up', stamp=clock.now)
     def flush():
         while len(r._outbox):
@@ -68,18 +69,19 @@ def test_uris_that_cflib_would_misread_are_refused_with_what_was_expected(uri):
         CflibRadio(RadioSettings(uri=uri))
 
 
-@pytest.mark.parametrize('text,word,retry', [
+@pytest.mark.parametrize('text,word,hopeless', [
     ("Couldn't load link driver: Cannot find a Crazyradio Dongle", 'no such Crazyradio', False),
-    ('usb.core.USBError: [Errno 13] Access denied (insufficient permissions)', 'udev', False),
-    ('usb.core.NoBackendError: No backend available', 'libusb', False),
+    ('usb.core.USBError: [Errno 13] Access denied (insufficient permissions)', 'udev', True),
+    ('usb.core.USBError: [Errno 16] Resource busy', 'another program', False),
+    ('usb.core.NoBackendError: No backend available', 'libusb', True),
     ('Could not open usb://0', 'by USB', False),
-    ('Too many packets lost', 'hears no drone', True),
-    ('ConnectionRefusedError: [Errno 111] Connection refused', 'nothing listens', True),
-    ('something new\nwith a traceback', 'something new', True), ('', 'no reason', True)])
-def test_each_connection_error_says_in_one_line_what_to_do(text, word, retry):
-    message, again = explain('radio://0/80/2M', text)
-    assert word in message and '\n' not in message and again is retry
-    assert message.startswith('radio://0/80/2M')
+    ('Too many packets lost', 'hears no drone', False),
+    ('ConnectionRefusedError: [Errno 111] Connection refused', 'nothing listens', False),
+    ('something new\nwith a traceback', 'something new', False), ('', 'no reason', False)])
+def test_each_connection_error_says_in_one_line_what_to_do(text, word, hopeless):
+    error = explain('radio://0/80/2M', text)
+    assert word in str(error) and '\n' not in str(error) and error.hopeless is hopeless
+    assert str(error).startswith('radio://0/80/2M')
 
 
 def test_an_absent_drone_ends_connect_with_its_reason_after_the_timeout():
@@ -109,15 +111,15 @@ def test_connecting_stops_when_the_radio_is_closed():
 
 
 def test_cflib_uses_the_udp_link_that_resends():
-    cflib_radio._prepare_cflib()
-    cflib_radio._prepare_cflib()
+    cflib_link.prepare_cflib()
+    cflib_link.prepare_cflib()
     assert cflib.crtp.CLASSES.count(ResendingUdp) == 1 and UdpDriver not in cflib.crtp.CLASSES
     assert ResendingUdp().needs_resending is True
 
 
 def test_log_blocks_fit_into_their_packets():
     size = {'uint16_t': 2, 'float': 4}
-    for variables in LOG_BLOCKS.values():
+    for _, variables in LOG_BLOCKS.values():
         kinds = ['uint16_t' if v == 'supervisor.info' else 'float' for v in variables]
         assert sum(size[k] for k in kinds) <= 26
         assert all(k in {t[0] for t in LogTocElement.types.values()} for k in kinds)
@@ -245,7 +247,7 @@ def test_an_exception_in_cflib_is_a_fault_of_the_link_and_not_the_end_of_the_thr
 
 def test_nothing_is_queued_before_the_link_is_up_or_after_it_is_lost(linked):
     r, _, _, _ = linked
-    r._on_lost('', 'Too many packets lost')
+    r._on_lost(r._cf, 'Too many packets lost')
     r.arm(True)
     assert len(r._outbox) == 0 and r.telemetry().link == 'lost' and 'hears no drone' in r.telemetry().fault
 
@@ -261,9 +263,9 @@ def test_five_seconds_of_silence_are_a_lost_link(linked):
 def test_telemetry_is_in_si_units_and_stamped_with_our_clock(linked):
     r, _, clock, _ = linked
     clock.now = 12.5
-    r._on_log(3, {'pm.vbat': 4.1, 'supervisor.info': 9, 'stateEstimate.x': 1.0, 'stateEstimate.y': 2.0,
-                  'stateEstimate.z': 3.0, 'stateEstimate.yaw': 90.0}, None)
-    r._on_log(4, {'kalman.varPX': 1e-4, 'kalman.varPY': 2e-4, 'kalman.varPZ': 3e-4}, None)
+    r._on_log(r._cf, {'pm.vbat': 4.1, 'supervisor.info': 9, 'stateEstimate.x': 1.0, 'stateEstimate.y': 2.0,
+                  'stateEstimate.z': 3.0, 'stateEstimate.yaw': 90.0})
+    r._on_log(r._cf, {'kalman.varPX': 1e-4, 'kalman.varPY': 2e-4, 'kalman.varPZ': 3e-4})
     t = r.telemetry()
     assert (t.stamp, t.battery_v, t.supervisor, t.yaw) == (12.5, 4.1, 9, math.pi / 2)
     np.testing.assert_array_equal(t.position, [1, 2, 3])
@@ -322,5 +324,5 @@ def test_closing_sends_no_zero_setpoint():
     link.send_packet.side_effect = lambda pk: sent.append(pk)
     link.receive_packet.return_value = None
     cf.link = link
-    cflib_radio._dispose(cf)
+    cflib_link.dispose(cf)
     assert sent == [] and link.close.called and cf.link is None
