@@ -81,7 +81,7 @@ class InProcessGraph:
       mocap     MocapFrame of the cameras -> the frames that leave them
       plan      what the policy publishes, or None -> what arrives
       body      name under which the cameras' rigid body is streamed
-      policy_alive, obstacles_alive    the process still runs
+      policy_alive, obstacles_alive, recorder_alive    the process still runs
       clock_step  s added to the system clock, and so to the ROS clock
     and `radio.up`, `radio.down`, `radio.link_down`, `crazyflie` and its `plant`.
     """
@@ -100,7 +100,7 @@ class InProcessGraph:
         self.body = sim.body or self.robot
         self.mocap: Callable[[MocapFrame], Sequence[MocapFrame]] = lambda frame: (frame,)
         self.plan: Callable[[Plan | None], Plan | None] = lambda plan: plan
-        self.policy_alive = self.obstacles_alive = True
+        self.policy_alive = self.obstacles_alive = self.recorder_alive = True
         self.obstacles: Obstacles | None = None  # as last published
         self.sensor = make_sensor(sim)
         self._server_clock = ClockMap()
@@ -109,7 +109,7 @@ class InProcessGraph:
         self.field = make_field(read('obstacles', ObstacleSettings))
         self._loop = policy_loop(policy, f'/{self.robot}/policy')
         self._policy_period = 1.0 / policy.rate
-        self.radio = InProcessRadio(self.crazyflie, lambda: self.now)
+        self.radio = InProcessRadio(self.crazyflie, lambda: self.steady)
         self.flight = FlightManager(self.radio, read('crazyflie_interface', InterfaceSettings))
         self._types = BagTypes()
         self._bag: BagWriter | None = None
@@ -130,14 +130,19 @@ class InProcessGraph:
         for period, action in ((TICK, self._tick_flight), (STATUS_PERIOD, self._publish_status),
                                (self._policy_period, self._tick_policy)):
             self.every(period, action)
-        self._publish_obstacles()
+        self.publish_obstacles()
         if self.field is not None and self.field.velocity.any():
-            self.every(OBSTACLE_PERIOD, self._publish_obstacles)
+            self.every(OBSTACLE_PERIOD, self.publish_obstacles)
 
     @property
     def now(self) -> float:
         """The simulated ROS clock (s)."""
-        return EPOCH + self.crazyflie.time + self.clock_step
+        return self.steady + self.clock_step
+
+    @property
+    def steady(self) -> float:
+        """The simulated steady clock (s), which nobody sets."""
+        return EPOCH + self.crazyflie.time
 
     def advance(self) -> None:
         """One millisecond."""
@@ -199,12 +204,13 @@ class InProcessGraph:
         self.bridge.published(sample, self.now)
         self._write(interface.POSE, lambda: interface.pose_message(
             self._types, sample.stamp, sample.position, sample.quaternion))
-        self.flight.on_pose(sample.stamp, sample.position, sample.quaternion, self.now)
+        self.flight.on_ros_time(self.now, self.steady)
+        self.flight.on_pose(sample.stamp, sample.position, sample.quaternion, self.steady)
         state = sample.state
         if state is not None:
             self.state, self.came['odom'] = state, self.now
             self._write(interface.ODOM, lambda: interface.odometry_message(self._types, state, self.robot))
-            self.flight.on_odometry(state, self.now)
+            self.flight.on_odometry(state, self.steady)
             self._loop.on_odometry(state)
 
     def _bodies(self, frame: MocapFrame) -> dict[str, session.BodyPose]:
@@ -213,7 +219,8 @@ class InProcessGraph:
             return {self.body: session.BodyPose(np.zeros(3), np.array([0.0, 0.0, 0.0, 1.0]), False, error)}
         return {self.body: session.BodyPose(frame.position, frame.quaternion, True, error)}
 
-    def _publish_obstacles(self) -> None:
+    def publish_obstacles(self) -> None:
+        """What the obstacle node publishes of `field`."""
         if not self.obstacles_alive:
             return
         field = Obstacles.none(self.now) if self.field is None else self.field.at(self.crazyflie.time, self.now)
@@ -222,6 +229,7 @@ class InProcessGraph:
         # Read back, as the nodes do: markers carry no velocity.
         self.obstacles = interface.read_obstacles(message, self.obstacles)
         self._loop.on_obstacles(self.obstacles)
+        self.flight.on_obstacles(self.obstacles, self.steady)
 
     def _tick_policy(self) -> None:
         if not self.policy_alive:
@@ -232,18 +240,22 @@ class InProcessGraph:
             plan = self.plan(tick.plan)
             if plan is not None:
                 self._write(interface.PLAN, lambda: interface.plan_message(self._types, plan, self.robot))
-                self.flight.on_plan(plan, self.now)
+                self.flight.on_plan(plan, self.steady)
                 self.came['plan'] = self.now
             latency = self.now - self._loop.state.stamp if self._loop.state is not None else float('nan')
-            self._write(interface.DIAGNOSTICS, lambda: interface.diagnostics_message(
+            message = interface.diagnostics_message(
                 self._types, self.now, f'{self.robot}/policy',
                 interface.OK if tick.gate == ACCEPTED else interface.WARN, tick.gate,
-                tick.values(self._loop.policy.name, self.now, latency), self.robot))
+                tick.values(self._loop.policy.name, self.now, latency), self.robot)
+            self._write(interface.DIAGNOSTICS, lambda: message)
+            for status in interface.read_diagnostics(message):
+                self.flight.on_diagnostic('policy', status, self.steady)
             self.policy_tick = tick.number
         self.at(self.crazyflie.time + SOLVE_DELAY, arrive)
 
     def _tick_flight(self) -> None:
-        setpoint = self.flight.tick(self.now)
+        self.flight.on_ros_time(self.now, self.steady)
+        setpoint = self.flight.tick(self.steady)
         if setpoint is not None:
             self._write(interface.SETPOINT, lambda: interface.plan_message(
                 self._types, setpoint.as_plan(self.now), self.robot))
@@ -252,8 +264,8 @@ class InProcessGraph:
 
     def _publish_status(self) -> None:
         self._last_phase = self.flight.phase
-        self.status, self.came['status'] = self.flight.status(self.now), self.now
-        level, words = self.flight.health(self.now)
+        self.status, self.came['status'] = self.flight.status(self.steady), self.now
+        level, words = self.flight.health(self.steady)
         self._write(interface.STATUS, lambda: interface.diagnostics_message(
             self._types, self.now, f'{self.robot}/flight', level, words, self.status, 'in process'))
 
@@ -285,11 +297,11 @@ class InProcessTrial(InProcessGraph):
             say(f'[trial {now - EPOCH:6.1f} s] {line}')
         if isinstance(action, Call):
             request = getattr(self.flight, action.name)
-            result = request(action.value, now) if action.name == 'arm' else request(now)
+            result = request(action.value, self.steady) if action.name == 'arm' else request(self.steady)
             self.conductor.reply(action.name, result.success, result.message)
             self._publish_status()
         elif isinstance(action, GoTo):
             pose = action.pose
             self._write(interface.GO_TO, lambda: interface.pose_message(
                 self._types, now, pose.position, rotation.from_yaw(pose.yaw)))
-            self.flight.go_to(pose.position, pose.yaw, now)
+            self.flight.go_to(pose.position, pose.yaw, self.steady)
