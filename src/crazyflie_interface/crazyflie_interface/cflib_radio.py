@@ -93,16 +93,13 @@ class Outbox:
 
 
 class CflibRadio:
-    """Radio over cflib. `clock` gives the seconds that the telemetry is stamped with, `steady` those that
-    the radio's own waiting is measured with."""
+    """Radio over cflib. `clock` is a steady one (s): telemetry is stamped with it, and silence measured."""
 
-    def __init__(self, settings: RadioSettings, clock: Callable[[], float] = time.monotonic,
-                 steady: Callable[[], float] = time.monotonic):
+    def __init__(self, settings: RadioSettings, clock: Callable[[], float] = time.monotonic):
         check_uri(settings.uri)
-        self.settings, self._clock, self._steady = settings, clock, steady
+        self.settings, self._clock = settings, clock
         self._lock = threading.Condition()
         self._telemetry = Telemetry()
-        self._heard = -math.inf  # steady time of the newest telemetry
         self._meter = LinkMeter()
         self._connections = 0  # links that came up
         self._told = ''  # the error that the log last told
@@ -183,7 +180,7 @@ class CflibRadio:
 
     def _start_telemetry(self, cf):
         meter = self._meter
-        cf.add_header_callback(lambda pk: meter.on_echo(bytes(pk.data), self._steady()), CRTPPort.LINKCTRL, 0)
+        cf.add_header_callback(lambda pk: meter.on_echo(bytes(pk.data), self._clock()), CRTPPort.LINKCTRL, 0)
         for name in _RADIO_NUMBERS:
             getattr(cf.link_statistics, f'{name}_updated').add_callback(
                 lambda value, name=name: meter.on_radio(name, value))
@@ -294,10 +291,10 @@ class CflibRadio:
     def telemetry(self) -> Telemetry:
         """The newest; `lost` also after 5 s of silence. Asking shows the radio thread that the flight's
         thread lives."""
-        self._flight_heard = now = self._steady()
+        self._flight_heard = now = self._clock()
         with self._lock:
-            t, meter, silent = self._telemetry, self._meter, now - self._heard
-        if t.link == 'up' and silent > SILENCE:
+            t, meter = self._telemetry, self._meter
+        if t.link == 'up' and t.stamp is not None and now - t.stamp > SILENCE:
             t = dataclasses.replace(t, link='lost', fault=f'{self.settings.uri}: silent for {SILENCE} s')
         return dataclasses.replace(t, link_quality=meter.quality,
                                    link_statistics=meter.statistics(max(0, self._connections - 1)))
@@ -311,7 +308,6 @@ class CflibRadio:
             return
         values = {}
         if 'pm.vbat' in data:
-            self._heard = self._steady()
             values |= {'stamp': self._clock(), 'battery_v': data['pm.vbat'],
                        'supervisor': data['supervisor.info'],
                        'position': np.array([data[f'stateEstimate.{a}'] for a in 'xyz']),
@@ -332,7 +328,7 @@ class CflibRadio:
         p, v, a, w = (int16_milli_to_cflib_si(si_to_int16_milli(x)) for x in (
             setpoint.position, setpoint.velocity, setpoint.acceleration, setpoint.rates))
         q = [float(x) for x in setpoint.quaternion]
-        self._setpoint_given, self._airborne = self._steady(), True
+        self._setpoint_given, self._airborne = self._clock(), True
         self._put('setpoint', lambda cf: cf.commander.send_full_state_setpoint(p, v, a, q, *w))
 
     def notify_stop(self) -> None:
@@ -404,7 +400,7 @@ class CflibRadio:
                 self._ping()
 
     def _ping(self):
-        payload = self._meter.ping(self._steady())
+        payload = self._meter.ping(self._clock())
         if payload is not None:
             packet = CRTPPacket(CRTPPort.LINKCTRL << 4, payload)
             self._send('ping', lambda cf: cf.send_packet(packet))
@@ -421,7 +417,7 @@ class CflibRadio:
 
     def _deadman(self):
         """The flight's thread has fallen silent in the air: land for it."""
-        now = self._steady()
+        now = self._clock()
         streaming = self._setpoint_given is not None and now - self._setpoint_given > DEADMAN_STREAM
         if streaming or (self._airborne and now - self._flight_heard > DEADMAN_AIR):
             self._update(fault='the flight fell silent, the radio thread lands the drone')

@@ -15,7 +15,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 
 from crazyflie_interface.cflib_radio import CflibRadio
-from crazyflie_interface.flight import TICK, FlightManager, Result
+from crazyflie_interface.flight import TICK, FlightManager
 from crazyflie_interface.radio import Radio, RadioError
 from crazyflie_interface.settings import Settings
 from deqmpc import interface
@@ -31,7 +31,8 @@ READING = 0.002  # s; two clocks read further apart than this say nothing about 
 
 
 class CrazyflieInterface(Node):
-    """Ends with exit status 1 when the drone cannot be reached, or is lost while on the ground."""
+    """Ends with exit status 1 when the drone cannot be reached. One that is lost later is looked for again
+    once disarmed."""
 
     def __init__(self, radio: Radio | None = None, **node_options):
         super().__init__('crazyflie_interface', **node_options)
@@ -42,12 +43,14 @@ class CrazyflieInterface(Node):
             self.radio = radio or CflibRadio(self.settings, time.monotonic)
         except RadioError as error:
             raise SettingsError(f'{self.get_fully_qualified_name()}: {error}') from error
-        self.manager = FlightManager(self.radio, self.settings)
+        self.manager = FlightManager(self.radio, self.settings, self.robot)
         self._ticks, self._late, self._last_tick = 0, 0.0, None
         self._last_phase, self._last_refusal = '', ''
         self._poses = 0
         self._obstacles: Obstacles | None = None
         self._connect_error = ''
+        for name in sorted(self.settings.waived):
+            self.get_logger().warning(f'preflight check {name} is waived by the operator')
         self._setpoint = publisher(self, interface.SETPOINT, self.robot)
         self._status = publisher(self, interface.STATUS, self.robot)
         self._diagnostics = publisher(self, interface.DIAGNOSTICS, self.robot)
@@ -61,10 +64,13 @@ class CrazyflieInterface(Node):
         # A timer of the ROS clock would stop for as long as somebody sets the system's clock back.
         self._timer = self.create_timer(TICK, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
         # Connecting takes seconds and may fail, so it has a thread; the executor is free to stop meanwhile.
-        self._connecting = threading.Thread(target=self._connect, name='radio_connect', daemon=True)
-        self._connecting.start()
+        self._start_connecting()
 
     # --- radio ------------------------------------------------------------------------------------
+
+    def _start_connecting(self):
+        self._connecting = threading.Thread(target=self._connect, name='radio_connect', daemon=True)
+        self._connecting.start()
 
     def _connect(self):
         begin = time.monotonic()
@@ -79,14 +85,17 @@ class CrazyflieInterface(Node):
             self.get_logger().error(fault)
 
     def _watch_radio(self):
-        """A drone that cannot be reached, or is lost on the ground, ends the node."""
+        """A drone that cannot be reached ends the node. One that is lost is final for its flight; once
+        disarmed it is looked for again, and its parameters are set anew, for it may have been restarted."""
         telemetry = self.radio.telemetry()
-        error = self._connect_error
-        if not error and telemetry.link == 'lost' and self.manager.grounded:
-            error = f'radio link lost: {telemetry.fault}'
-        if error and not self.finished and not self.manager.ending:
+        if self.finished or self.manager.ending:
+            return
+        if self._connect_error:
             self.finished, self.exit_status = True, 1
-            print(f'error: {self.get_fully_qualified_name()}: {error}', file=sys.stderr, flush=True)
+            print(f'error: {self.get_fully_qualified_name()}: {self._connect_error}', file=sys.stderr, flush=True)
+        elif telemetry.link == 'lost' and self.manager.phase == 'disarmed' and not self._connecting.is_alive():
+            self.get_logger().warning(f'radio link lost: {telemetry.fault}; looking for the drone again')
+            self._start_connecting()
 
     # --- messages in ------------------------------------------------------------------------------
 
@@ -168,8 +177,9 @@ class CrazyflieInterface(Node):
         return self._answer(response, 'emergency', self.manager.emergency(self._now()))
 
     def _on_preflight(self, _, response):
-        failures = self.manager.preflight(self._now())
-        return self._answer(response, 'preflight', Result(not failures, '; '.join(failures) or 'ready to arm'))
+        answer = self._answer(response, 'preflight', self.manager.try_preflight(self._now()))
+        self._publish_preflight(self._now())
+        return answer
 
     def _answer(self, response, what, result):
         response.success, response.message = result.success, result.message
@@ -202,6 +212,9 @@ class CrazyflieInterface(Node):
         if self._ticks % DIAGNOSTICS_TICKS == 0:
             self._publish_diagnostics(t)
             self._watch_radio()
+            self.manager.on_system_time(self._clock_difference())
+            if self.manager.grounded:
+                self._publish_preflight(t)
         self._ticks += 1
 
     def _publish_status(self, t):
@@ -221,6 +234,19 @@ class CrazyflieInterface(Node):
         self._poses, self._late = 0, 0.0
         self._diagnostics.publish(interface.diagnostics_message(
             TYPES, now(self), f'{self.robot}/crazyflie_interface', level, message, values, self.settings.uri))
+
+    def _publish_preflight(self, t):
+        arrays = [interface.diagnostics_message(
+            TYPES, now(self), f'{self.robot}/preflight/{check.name}', check.level, check.sentence,
+            dict(zip(interface.PREFLIGHT_KEYS, (check.value, check.limit, check.fix), strict=True)),
+            self.settings.uri) for check in self.manager.preflight(t)]
+        arrays[0].status = [status for array in arrays for status in array.status]
+        self._diagnostics.publish(arrays[0])
+
+    def _clock_difference(self) -> float:
+        """ROS time minus system time (s); 0 where it lies between two readings of the system clock."""
+        before, ros, after = time.time(), now(self), time.time()
+        return min(ros - before, 0.0) + max(ros - after, 0.0)
 
     # --- the end ----------------------------------------------------------------------------------
 

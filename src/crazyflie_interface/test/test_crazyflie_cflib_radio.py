@@ -40,13 +40,13 @@ class Clock:
 def linked():
     """A CflibRadio over a mocked Crazyflie, without its thread: `flush` sends what waits."""
     clock = Clock()
-    r = CflibRadio(RadioSettings(uri='udp://127.0.0.1:19850'), clock, clock)
+    r = CflibRadio(RadioSettings(uri='udp://127.0.0.1:19850'), clock)
     cf = MagicMock(spec=Crazyflie)
     cf.commander, cf.loc = MagicMock(spec=Commander), MagicMock(spec=Localization)
     cf.high_level_commander, cf.supervisor = MagicMock(spec=HighLevelCommander), MagicMock(spec=Supervisor)
     cf.param = MagicMock(spec=Param)
     cf.link = MagicMock()
-    r._cf, r._heard = cf, clock.now
+    r._cf = cf
     r._update(link='up', stamp=clock.now)
     def flush():
         while len(r._outbox):

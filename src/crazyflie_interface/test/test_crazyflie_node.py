@@ -161,11 +161,26 @@ def test_refusals_come_back_through_the_service_with_their_reason(graph):
     graph.until(lambda: 'locked' in graph.call('arm', True).message)
 
 
-def test_losing_the_drone_on_the_ground_ends_the_node_with_an_error(graph, capfd):
-    graph.until(lambda: graph.status)
+def test_a_drone_lost_on_the_ground_is_looked_for_again_and_its_parameters_are_set_anew(graph):
+    graph.until(lambda: graph.drone.radio.set_and_check_parameters.call_count == 1)
+    def found_again():
+        graph.drone.link = 'up'
+    graph.drone.radio.connect.side_effect = found_again
     graph.drone.link = 'lost'
-    graph.until(lambda: graph.node.finished)
-    assert graph.node.exit_status == 1 and 'radio link lost' in capfd.readouterr().err
+    graph.until(lambda: graph.drone.radio.set_and_check_parameters.call_count == 2)
+    assert graph.drone.radio.connect.call_count == 2 and not graph.node.finished
+
+
+def test_a_drone_lost_in_flight_is_not_looked_for_until_it_is_disarmed(graph):
+    graph.request('arm', 'armed', True)
+    graph.request('takeoff', 'holding')
+    graph.drone.link = 'lost'
+    graph.until(lambda: graph.status[-1].values['phase'] == 'emergency')
+    end = time.monotonic() + 1.5  # the watch looks once a second
+    graph.until(lambda: time.monotonic() > end)
+    assert graph.drone.radio.connect.call_count == 1
+    graph.request('arm', 'disarmed', False)
+    graph.until(lambda: graph.drone.radio.connect.call_count == 2)
 
 
 def test_a_drone_that_cannot_be_reached_ends_the_node_with_the_reason(ros, capfd):
