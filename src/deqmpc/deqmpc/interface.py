@@ -330,8 +330,9 @@ def text_message(types: MessageTypes, stamp: float, position, text: str, rgba, h
 # --- diagnostics --------------------------------------------------------------------------------
 
 def diagnostics_message(types: MessageTypes, stamp: float, name: str, level: int, message: str,
-                        values: dict[str, Any], hardware_id: str = '') -> Any:
-    """DiagnosticArray of one status; floats are written with 6 significant digits, None as ''."""
+                        values: dict[str, Any], hardware_id: str) -> Any:
+    """DiagnosticArray of one status; floats are written with 6 significant digits, None as ''. `hardware_id`: the
+    robot, or the address of its radio or cameras."""
     def text(v):
         if v is None:
             return ''

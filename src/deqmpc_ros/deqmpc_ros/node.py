@@ -26,7 +26,7 @@ from rclpy.signals import SignalHandlerOptions
 
 from deqmpc.interface import STATUS, Topic, read_diagnostics
 from deqmpc_ros.messages import message_class
-from deqmpc_ros.settings import SettingsError, from_values, parameter
+from deqmpc_ros.settings import SettingsError, constraints, from_values, parameter
 
 __all__ = ['FlightWatch', 'SettingsError', 'declare', 'now', 'parameter', 'publisher', 'qos', 'robot_name',
            'run', 'subscription']
@@ -48,16 +48,25 @@ def declare(node: Node, settings: type[S]) -> S:
     values = from_values(settings, node.get_fully_qualified_name(), given)
     hints = get_type_hints(settings)
     for field in dataclasses.fields(settings):
-        low, high = field.metadata.get('low'), field.metadata.get('high')
-        descriptor = ParameterDescriptor(description=field.metadata.get('description', ''), read_only=True,
-                                         dynamic_typing=True)
-        if low is not None and high is not None and hints[field.name] is float:
-            descriptor.floating_point_range = [
-                FloatingPointRange(from_value=float(low), to_value=float(high))]
-        if low is not None and high is not None and hints[field.name] is int:
-            descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high))]
-        node.declare_parameter(field.name, getattr(values, field.name), descriptor, ignore_override=True)
+        node.declare_parameter(field.name, getattr(values, field.name), describe(field, hints[field.name]),
+                               ignore_override=True)
     return values
+
+
+def describe(field: dataclasses.Field, hint: type) -> ParameterDescriptor:
+    """What `ros2 param describe` says of one setting: description, range or choices, read only.
+
+    Read only, all of them: each is checked against the others once, at the start, and a limit of the
+    guard that changes in flight would have been checked by nobody.
+    """
+    descriptor = ParameterDescriptor(description=field.metadata['description'], read_only=True, dynamic_typing=True,
+                                     additional_constraints=constraints(field, hint))
+    low, high = field.metadata['low'], field.metadata['high']
+    if hint is float:
+        descriptor.floating_point_range = [FloatingPointRange(from_value=float(low), to_value=float(high))]
+    if hint is int:
+        descriptor.integer_range = [IntegerRange(from_value=int(low), to_value=int(high))]
+    return descriptor
 
 
 def qos(topic: Topic) -> QoSProfile:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import types as pytypes
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 S = TypeVar('S')
 
@@ -19,11 +19,26 @@ class SettingsError(ValueError):
 def parameter(default: Any, description: str, low: float | None = None, high: float | None = None,
               choices: tuple[str, ...] | None = None) -> Any:
     """A dataclass field that is a ROS parameter. `low`, `high`: inclusive range of a number (or of
-    each element of a list); `choices`: the allowed strings."""
+    each element of a list); `choices`: the allowed strings. TypeError for a number without a range."""
+    first = default[0] if isinstance(default, list) and default else default
+    if isinstance(first, (int, float)) and not isinstance(first, bool) and (low is None or high is None):
+        raise TypeError(f'parameter {description!r}: a number needs a range')
     meta = {'description': description, 'low': low, 'high': high, 'choices': choices}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
+
+
+def constraints(field: dataclasses.Field, hint: Any) -> str:
+    """What a descriptor's range cannot say: the choices of a string, what each element of a list must be."""
+    meta = field.metadata
+    if meta['choices']:
+        return f'one of {", ".join(meta["choices"])}'
+    kind = get_args(hint)
+    if not kind:
+        return ''
+    limits = f' in [{meta["low"]}, {meta["high"]}]' if meta['low'] is not None else ''
+    return f'a list of {kind[0].__name__}{limits}'
 
 
 def check_value(where: str, field: dataclasses.Field, hint: Any, value: Any) -> Any:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from deqmpc_ros.node import describe
+from deqmpc_ros.settings import parameter
+
 NODE = textwrap.dedent('''
     import sys
     from dataclasses import dataclass
@@ -67,6 +70,25 @@ def test_a_wrong_parameter_gives_one_clear_message_and_exit_status_2(tmp_path, g
     assert done.returncode == 2
     assert message in done.stderr and '/cf1/probe' in done.stderr
     assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(('hint', 'field', 'said'), [
+    (float, parameter(1.0, 'speed (m/s)', 0.0, 5.0), ('speed (m/s)', '', [(0.0, 5.0)], [])),
+    (int, parameter(3, 'how many', 0, 9), ('how many', '', [], [(0, 9)])),
+    (str, parameter('off', 'mode', choices=('off', 'static')), ('mode', 'one of off, static', [], [])),
+    (list[float], parameter([0.0], 'corner (m)', -5.0, 5.0), ('corner (m)', 'a list of float in [-5.0, 5.0]', [], [])),
+    (list[str], parameter([], 'names'), ('names', 'a list of str', [], [])),
+])
+def test_a_parameter_is_described_with_its_limits_and_is_read_only(hint, field, said):
+    got = describe(field, hint)
+    ranges = [[(r.from_value, r.to_value) for r in rs] for rs in (got.floating_point_range, got.integer_range)]
+    assert (got.description, got.additional_constraints, *ranges) == said
+    assert got.read_only
+
+
+def test_a_number_without_a_range_is_refused_where_it_is_written():
+    with pytest.raises(TypeError, match='a number needs a range'):
+        parameter(1.0, 'speed (m/s)', low=0.0)
 
 
 def test_a_node_outside_a_robot_namespace_refuses_to_start(tmp_path):

@@ -32,12 +32,13 @@ class TrialSettings:
 
     start: str = parameter('random', '"random", or "x y z yaw" (m, rad; world)')
     seed: int = parameter(0, 'Seed of a random start', 0, 2**31 - 1)
-    goal: list[float] = parameter([0.0, 0.0, 1.0, 0.0], 'x, y, z (m, world), yaw (rad) of the policy\'s goal')
+    goal: list[float] = parameter([0.0, 0.0, 1.0, 0.0], 'x, y, z (m, world), yaw (rad) of the policy\'s goal',
+                                  -100.0, 100.0)
     max_steps: int = parameter(200, 'Policy ticks of a trial', 1, 100_000)
     rate: float = parameter(10.0, 'Policy ticks per second, for the time limit of following (Hz)', 0.1, 1000.0)
     require_obstacles: bool = parameter(True, 'Wait for a message on /obstacles; false flies without one')
-    volume_low: list[float] = parameter([-1.5, -1.5, 0.5], 'Lower corner of random starts (m, world)')
-    volume_high: list[float] = parameter([1.5, 1.5, 1.6], 'Upper corner of random starts (m, world)')
+    volume_low: list[float] = parameter([-1.5, -1.5, 0.5], 'Lower corner of random starts (m, world)', -100.0, 100.0)
+    volume_high: list[float] = parameter([1.5, 1.5, 1.6], 'Upper corner of random starts (m, world)', -100.0, 100.0)
     start_clearance: float = parameter(0.3, 'Random start: least clearance of the spheres (m)', 0.0, 10.0)
     start_distance: float = parameter(1.0, 'Random start: least distance to the goal (m)', 0.0, 100.0)
     engage_clearance: float = parameter(0.1, 'Least clearance of the spheres when engaging (m)', 0.0, 10.0)

@@ -96,7 +96,7 @@ class Recorder(Node):
             TYPES, ros.now(self), f'{self.robot}/recorder', level, message, {
                 'bag': str(self.writer.path), 'messages': self.writer.messages,
                 'topics': len(self.writer.topics), 'bytes': self.writer.bytes_written,
-                'disk_free_bytes': free}))
+                'disk_free_bytes': free}, self.robot))
 
     def may_stop(self) -> bool:
         """A landing that a stop has brought about is recorded to its end."""

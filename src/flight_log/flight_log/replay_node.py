@@ -92,7 +92,8 @@ class Replay(Node):
     def _report(self) -> None:
         self.diagnostics.publish(interface.diagnostics_message(
             TYPES, ros.now(self), f'{self.robot}/replay', interface.OK, 'replaying', {
-                'bag': self.settings.bag, 'messages': self.published, 'late_max_ms': 1e3 * self.late_max}))
+                'bag': self.settings.bag, 'messages': self.published, 'late_max_ms': 1e3 * self.late_max},
+            self.robot))
 
     def close(self) -> None:
         """Stop the thread."""

@@ -41,7 +41,9 @@ class Trial(Node):
             (interface.STATUS, self._on_status), (interface.ODOM, self._on_odometry),
             (interface.PLAN, self._on_plan), (interface.DIAGNOSTICS, self._on_diagnostics),
             (interface.OBSTACLES, self._on_obstacles))]
+        self.diagnostics = ros.publisher(self, interface.DIAGNOSTICS, self.robot)
         self.create_timer(1.0 / STEP_HZ, self._step)
+        self.create_timer(1.0, self._report)
 
     # --- messages in ---
 
@@ -83,6 +85,11 @@ class Trial(Node):
                 TYPES, now, action.pose.position, rotation.from_yaw(action.pose.yaw)))
         elif isinstance(action, Done):
             self.finished, self.exit_status = True, 0 if action.success else 1
+
+    def _report(self) -> None:
+        self.diagnostics.publish(interface.diagnostics_message(
+            TYPES, ros.now(self), f'{self.robot}/trial', interface.OK, self.conductor.stage,
+            {'policy_tick': self.tick, 'phase': self.flight.get('phase')}, self.robot))
 
     def _print(self, now: float) -> None:
         for line in self.conductor.take_lines():

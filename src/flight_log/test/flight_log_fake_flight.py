@@ -110,9 +110,9 @@ def main():
                     (interface.PLAN, interface.plan_message(TYPES, plan, 'cf1')),
                     (interface.STATUS, interface.diagnostics_message(
                         TYPES, now, 'cf1/flight', interface.OK, '',
-                        {'phase': f.phase, 'guard': '', 'reason': f.reason, 'go_to': f.go_to})),
+                        {'phase': f.phase, 'guard': '', 'reason': f.reason, 'go_to': f.go_to}, 'cf1')),
                     (interface.DIAGNOSTICS, interface.diagnostics_message(
-                        TYPES, now, 'cf1/policy', interface.OK, '', {'tick': int(10 * f.t)}))):
+                        TYPES, now, 'cf1/policy', interface.OK, '', {'tick': int(10 * f.t)}, 'cf1'))):
                 self.out[topic].publish(message)
     return ros.run(Fake, sys.argv)
 

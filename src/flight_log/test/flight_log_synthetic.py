@@ -94,7 +94,7 @@ def write_trial(path, trial: SyntheticTrial, robot: str = 'cf1'):
                         'phase': phase, 'guard': guard, 'reason': reason, 'battery_v': 4.0,
                         'supervisor': trial.supervisor(t), 'go_to': 'idle'}
                     put(interface.STATUS, stamp, interface.diagnostics_message(
-                        TYPES, stamp, f'{robot}/flight', interface.OK, '', values))
+                        TYPES, stamp, f'{robot}/flight', interface.OK, '', values, robot))
             if not trial.open_loop and i % 2 == 0 and 0 <= t < trial.seconds:
                 put(interface.SETPOINT, stamp, interface.plan_message(
                     TYPES, _straight(stamp, position + trial.setpoint_offset, 1), robot))
@@ -118,7 +118,7 @@ def _tick(trial, put, robot, stamp, tick, position):
         TYPES, stamp, f'{robot}/policy', interface.OK, '', {
             'policy': 'mpc_only', 'tick': tick, 'status': 'ok', 'gate': gate, 'solve_ms': solve,
             'tick_ms': solve + 1.0, 'latency_ms': solve + 5.0, 'iterations': 4, 'residual': 1e-4,
-            'deadline_misses': trial.misses(tick)}))
+            'deadline_misses': trial.misses(tick)}, robot))
 
 
 def reward_at(position, velocity, quaternion=LEVEL):

@@ -36,7 +36,7 @@ def messages(types, t=12.25):
         interface.OBSTACLES: interface.obstacles_message(types, field),
         interface.PLAN: interface.plan_message(types, plan, 'cf1'),
         interface.STATUS: interface.diagnostics_message(
-            types, t, 'cf1/flight', interface.WARN, 'x', {'phase': 'armed'}),
+            types, t, 'cf1/flight', interface.WARN, 'x', {'phase': 'armed'}, 'cf1'),
     }
 
 

@@ -14,7 +14,7 @@ def messages(stamp):
     return {
         interface.POSE: interface.pose_message(bag.TYPES, stamp, [1, 2, 3], [0, 0, 0, 1]),
         interface.OBSTACLES: interface.obstacles_message(bag.TYPES, field),
-        interface.STATUS: interface.diagnostics_message(bag.TYPES, stamp, 'x', 0, 'm', {'a': 1}),
+        interface.STATUS: interface.diagnostics_message(bag.TYPES, stamp, 'x', 0, 'm', {'a': 1}, 'cf1'),
     }
 
 

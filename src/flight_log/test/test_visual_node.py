@@ -102,7 +102,7 @@ def test_the_plan_and_the_flight_come_out_as_what_rviz_and_foxglove_draw(graph):
         t = now(graph.client)
         graph.out[interface.POSE].publish(interface.pose_message(TYPES, t, (1.0, 2.0, 0.5), LEVEL))
         graph.out[interface.STATUS].publish(interface.diagnostics_message(
-            TYPES, t, 'cf1/flight', interface.WARN, '', {'phase': 'holding', 'guard': 'hold', 'reason': 'gap'}))
+            TYPES, t, 'cf1/flight', interface.WARN, '', {'phase': 'holding', 'guard': 'hold', 'reason': 'gap'}, 'cf1'))
     flown = graph.until(interface.FLOWN_PATH, fly, lambda m: len(m.poses) >= 2)
     assert {tuple(interface.read_pose(p)[1]) for p in flown.poses} == {(1.0, 2.0, 0.5)}
     text = graph.until(interface.FLIGHT_MARKERS, fly, lambda m: 'holding' in m.markers[0].text).markers[0]
@@ -116,7 +116,7 @@ def test_a_new_flight_starts_a_new_trail(graph):
         t = now(graph.client)
         graph.out[interface.POSE].publish(interface.pose_message(TYPES, t, position, LEVEL))
         graph.out[interface.STATUS].publish(interface.diagnostics_message(
-            TYPES, t, 'cf1/flight', interface.OK, '', {'phase': phase}))
+            TYPES, t, 'cf1/flight', interface.OK, '', {'phase': phase}, 'cf1'))
     graph.until(interface.FLOWN_PATH, lambda: say('disarmed', (9.0, 9.0, 0.0)), lambda m: len(m.poses) >= 2)
     flown = graph.until(interface.FLOWN_PATH, lambda: say('armed', (0.0, 0.0, 0.0)),
                         lambda m: m.poses and m.poses[-1].pose.position.x == 0.0 and len(m.poses) >= 2)

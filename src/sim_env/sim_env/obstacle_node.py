@@ -24,15 +24,15 @@ class Settings:
 
     mode: str = parameter('static', 'off: no spheres; static: at their start; moving',
                           choices=('off', 'static', 'moving'))
-    seed: int = parameter(0, 'seed that the field is drawn from', 0)
+    seed: int = parameter(0, 'seed that the field is drawn from', 0, 2**31 - 1)
     file: str = parameter('', 'YAML field (deqmpc.obstacles.load); empty: draw from the seed')
     count: int = parameter(_DRAWN.count, 'number of spheres', 0, 200)
     radius: float = parameter(_DRAWN.radius, 'of each sphere (m)', 0.001, 10.0)
-    low: list[float] = parameter(list(_DRAWN.low), 'corner of the volume, world (m)')
-    high: list[float] = parameter(list(_DRAWN.high), 'opposite corner (m)')
+    low: list[float] = parameter(list(_DRAWN.low), 'corner of the volume, world (m)', -100.0, 100.0)
+    high: list[float] = parameter(list(_DRAWN.high), 'opposite corner (m)', -100.0, 100.0)
     keep_clear: list[float] = parameter(
         [c for point in _DRAWN.keep_clear for c in point],
-        'points x y z, one after the other, that stay free at the start, world (m)')
+        'points x y z, one after the other, that stay free at the start, world (m)', -100.0, 100.0)
     clear_radius: float = parameter(_DRAWN.clear_radius, "from such a point to a sphere's surface (m)",
                                     0.0, 10.0)
     gap: float = parameter(_DRAWN.gap, 'at least between two surfaces at the start (m)', 0.0, 10.0)
@@ -86,14 +86,26 @@ class ObstacleNode(Node):
         super().__init__('obstacles')
         settings = declare(self, Settings)
         self.field = make_field(settings)
-        self.publisher = publisher(self, interface.OBSTACLES, robot_name(self))
+        self.robot = robot_name(self)
+        self.mode = settings.mode
+        self.publisher = publisher(self, interface.OBSTACLES, self.robot)
+        self.diagnostics = publisher(self, interface.DIAGNOSTICS, self.robot)
         self.start = now(self)
         if settings.mode == 'moving':
             self.create_timer(_PERIOD, self._publish)
         self._publish()
-        count = 0 if self.field is None else len(self.field.radius)
+        self.create_timer(1.0, self._report)
+        count = self._count()
         source = settings.file or f'seed {settings.seed}'
         self.get_logger().info(f'{count} spheres, {settings.mode}' + (f', from {source}' if count else ''))
+
+    def _count(self):
+        return 0 if self.field is None else len(self.field.radius)
+
+    def _report(self):
+        self.diagnostics.publish(interface.diagnostics_message(
+            TYPES, now(self), f'{self.robot}/obstacles', interface.OK, self.mode,
+            {'spheres': self._count(), 'subscribers': self.publisher.get_subscription_count()}, self.robot))
 
     def _publish(self):
         stamp = now(self)

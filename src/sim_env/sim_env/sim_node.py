@@ -36,7 +36,7 @@ _TRUTH = 0.010  # s
 class Settings:
     """Parameters of the node."""
 
-    seed: int = parameter(0, 'seed of start pose, sensor noise, losses and motor spread', 0)
+    seed: int = parameter(0, 'seed of start pose, sensor noise, losses and motor spread', 0, 2**31 - 1)
     start: str = parameter('random', "'x y z yaw' (m, rad), or random: on the floor, drawn from the seed")
     robots: list[str] = parameter([], 'names of the drones of a fleet; empty: one, the robot of the namespace')
     starts: list[str] = parameter([], "start of each of `robots`, 'x y z yaw' (m, rad) or random; empty: as start")
@@ -225,7 +225,7 @@ class SimNode(Node):
                 'mocap_delivered': lab.counts['delivered'], 'mocap_untracked': lab.counts['untracked'],
                 'natnet_clients': len(lab.server.clients), 'natnet_malformed': lab.server.counts['malformed'],
                 **{f'radio_{name}': sum(d.peer.counts[name] for d in lab.drones.values()) for name in (
-                    'received', 'sent', 'malformed', 'unsupported', 'lost_up', 'lost_down')}}))
+                    'received', 'sent', 'malformed', 'unsupported', 'lost_up', 'lost_down')}}, self.robot))
 
     def may_stop(self) -> bool:
         """Not while a drone is being landed: it needs its physics until it stands."""

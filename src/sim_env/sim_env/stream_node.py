@@ -111,7 +111,7 @@ class StreamNode(Node):
         self.diagnostics.publish(interface.diagnostics_message(
             TYPES, now(self), f'{self.robot}/stream', interface.OK, state, {
                 'file': self.settings.file, 'frames': player.sent, 'of': len(player.recording.time),
-                'lateness_ms': 1e3 * player.lateness, 'clients': len(player.server.clients)}))
+                'lateness_ms': 1e3 * player.lateness, 'clients': len(player.server.clients)}, self.robot))
 
     def close(self):
         """Release the port."""
