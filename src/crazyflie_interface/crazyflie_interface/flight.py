@@ -736,9 +736,12 @@ class FlightManager:
     def status(self, now: float) -> dict:
         """Values of interface.FLIGHT_KEYS."""
         telemetry = self.radio.telemetry()
+        link = telemetry.link_statistics
         return dict(zip(interface.FLIGHT_KEYS, (
             self.phase, self.answer.answer, self.reason, telemetry.battery_v, telemetry.link_quality,
-            telemetry.supervisor, self._go_to), strict=True))
+            telemetry.supervisor, self._go_to, link.uplink_hz, link.downlink_hz, link.uplink_use,
+            link.downlink_use, link.retries, link.rssi_dbm,
+            None if link.latency is None else 1000.0 * link.latency, link.pings_lost, link.reconnects), strict=True))
 
     def health(self, now: float) -> tuple[int, str]:
         """Diagnostic level and the sentence beside it."""

@@ -74,6 +74,10 @@ FLIGHT_KEYS = (
     'reason',  # why the guard answered so, empty when it follows
     'battery_v', 'link_quality', 'supervisor',  # V, percent, bits as an int; empty when unknown
     'go_to',  # idle | active | done
+    # The radio link, empty where it does not measure that: packets a second, share of them that carry data, mean
+    # retransmissions a packet, round trip of 95 % of the pings, share of pings lost, times opened again.
+    'uplink_hz', 'downlink_hz', 'uplink_use', 'downlink_use', 'retries', 'rssi_dbm', 'link_latency_ms',
+    'pings_lost', 'reconnects',
 )
 # Checks of the preflight. On /diagnostics each is one DiagnosticStatus '<robot>/preflight/<check>' with the
 # keys below; level OK passed, WARN failed but waived by the operator, ERROR failed.
