@@ -1,6 +1,5 @@
 """Whole graphs of real nodes: sockets, cflib, DDS and a bag. Every test has ports and a DDS domain of its own."""
 
-import contextlib
 import json
 import os
 import signal
@@ -12,30 +11,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flying import (
+    assert_a_bag_was_replayed,
+    assert_a_trial_was_flown,
+    free_ports,
+    phases,
+    read,
+    sim_arguments,
+    write_hover,
+)
 
 from deqmpc import interface
-from flight_log.bag import read_bag
 
 DATA = Path(os.environ['DEQMPC_DATA'])
-
-
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(count)]
-        for s in sockets:
-            s.bind(('127.0.0.1', 0))
-        return [s.getsockname()[1] for s in sockets]
 
 
 def deqmpc(*words, domain, **options):
     env = {**os.environ, 'ROS_DOMAIN_ID': str(domain)}
     return subprocess.Popen([sys.executable, '-m', 'deqmpc.cli', *map(str, words)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
-
-
-def sim_arguments():
-    crazyflie, command, data = free_ports(3)
-    return [f'uri:=udp://127.0.0.1:{crazyflie}', f'natnet_command_port:={command}', f'natnet_data_port:={data}']
 
 
 def shared_memory():
@@ -55,15 +49,6 @@ def node_processes(run_dir):
     return found
 
 
-def read(bag, topic, robot='cf1'):
-    return [message for _, _, _, message in read_bag(bag, [topic.resolve(robot)])]
-
-
-def phases(bag):
-    values = [d.values['phase'] for m in read(bag, interface.STATUS) for d in interface.read_diagnostics(m)]
-    return [p for i, p in enumerate(values) if i == 0 or values[i - 1] != p]
-
-
 def test_one_trial_through_the_real_graph_reaches_the_goal_and_lands(tmp_path):
     before = shared_memory()
     run = deqmpc('trial', 'sim', '--seeds', 3, '--json', f'run_dir:={tmp_path / "run"}', 'max_steps:=60',
@@ -71,15 +56,10 @@ def test_one_trial_through_the_real_graph_reaches_the_goal_and_lands(tmp_path):
     output, _ = run.communicate(timeout=150)
     assert run.returncode == 0, output
     bag = tmp_path / 'run' / 'seed_003' / 'bag'
-    assert phases(bag) == ['disarmed', 'armed', 'taking_off', 'holding', 'following', 'holding', 'landing',
-                           'disarmed']
+    assert_a_trial_was_flown(bag, steps=60)
     evaluated = json.loads(output[output.index('\n{') if '\n{' in output else output.index('{'):
                                   output.rindex('}') + 1])
-    trial = evaluated['trials'][0]
-    assert trial['failure'] is None and trial['min_clearance'] > 0.0
-    assert trial['steps'] == 60
-    truth = [interface.read_odometry(m) for m in read(bag, interface.TRUTH)]
-    assert truth[-1].position[2] < 0.05
+    assert evaluated['trials'][0]['failure'] is None and evaluated['trials'][0]['steps'] == 60
     assert (tmp_path / 'run' / 'report' / 'report.html').stat().st_size > 10_000
     assert not node_processes(tmp_path)
     assert shared_memory() <= before
@@ -137,6 +117,14 @@ def test_a_recording_streamed_through_natnet_gives_a_plan_at_every_tick(tmp_path
     assert len(accepted) == len(plans) >= 30
     during = [t['gate'] for t in ticks[ticks.index(accepted[0]):ticks.index(accepted[-1])]]
     assert set(during) == {'accepted'}
+
+
+def test_a_replayed_bag_gives_plans_and_is_recorded_again(tmp_path):
+    source = write_hover(tmp_path / 'source', seconds=3.0)
+    run = deqmpc('replay', source, f'run_dir:={tmp_path / "run"}', domain=94)
+    output, _ = run.communicate(timeout=90)
+    assert run.returncode == 0, output
+    assert_a_bag_was_replayed(source, tmp_path / 'run' / 'bag')
 
 
 @pytest.mark.parametrize(('words', 'message'), [
