@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -40,8 +41,9 @@ def fly(mode: str, given: dict[str, str], time_limit: float | None = None,
     """Run `mode` with arguments `given`; returns the exit status and the run's folder. The nodes' lines
     go to `write`.
 
-    SIGINT, SIGTERM and SIGHUP end the flight: nodes that hold the drone land it first. The folder gets
-    arguments.json (all values, and which were given) and log/<node>.log.
+    SIGINT, SIGTERM and SIGHUP end the flight: nodes that hold a drone land it first. The folder gets
+    arguments.json (all values, and which were given) and log/<node>.log; of a fleet, its file as fleet.yaml,
+    log/<robot>.<node>.log, and <robot>/bag for each.
     """
     table = read_table()
     given = dict(given)
@@ -51,6 +53,8 @@ def fly(mode: str, given: dict[str, str], time_limit: float | None = None,
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / 'arguments.json').write_text(json.dumps(
         {'mode': mode, 'given': given, 'values': argument_values(mode, given, table)}, indent=2) + '\n')
+    if given.get('fleet'):
+        shutil.copyfile(given['fleet'], run_dir / 'fleet.yaml')
     runner = Runner(rows, run_dir / 'log', environment(dict(os.environ)),
                     write=lambda line: print(line, file=write, flush=True))
     previous = {n: signal.signal(n, runner.stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

@@ -54,7 +54,7 @@ class _Process:
 
 
 class Runner:
-    """Runs rows until one ends the flight, a stop is asked for, or one that is not optional fails."""
+    """Runs rows until all that end the flight are done, a stop is asked for, or one that is not optional fails."""
 
     def __init__(self, rows: Sequence[Row], log_dir: Path, environment: dict[str, str],
                  patience: float = 20.0, write: Callable[[str], None] = lambda line: print(line, flush=True)):
@@ -72,7 +72,7 @@ class Runner:
         self._stops.append(number)
 
     def run(self, time_limit: float | None = None) -> int:
-        """Start all, wait, end all. Returns 0 when an `ends` row ended with 0 or a stop was asked for
+        """Start all, wait, end all. Returns 0 when all `ends` rows ended with 0 or a stop was asked for
         and all stopped cleanly; the failing exit status otherwise; 124 when `time_limit` (s) passed."""
         commands = [command(row) for row in self._rows]  # before anything is started
         self._log_dir.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,8 @@ class Runner:
         return status
 
     def _start(self, row, argv):
-        path = self._log_dir / f'{row.name}.log'
+        label = row.label or row.name
+        path = self._log_dir / f'{label}.log'
         runner = os.getpid()
 
         def in_child():
@@ -100,7 +101,7 @@ class Runner:
         with path.open('wb') as log:
             popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                                      env=self._environment, start_new_session=True, preexec_fn=in_child)
-        self._processes.append(_Process(row.name, row.ends, row.optional, popen, path.open('rb')))
+        self._processes.append(_Process(label, row.ends, row.optional, popen, path.open('rb')))
 
     def _watch(self, begin, time_limit):
         while not self._stops:
@@ -112,7 +113,9 @@ class Runner:
                 p.reported = True
                 if p.ends:
                     self._write(f'[{p.name}] finished with exit status {status}')
-                    return status
+                    if status or all(q.reported for q in self._processes if q.ends):
+                        return status
+                    continue
                 if p.optional:
                     self._write(f'[{p.name}] exited with status {status}; the flight goes on without it')
                     continue
