@@ -13,14 +13,13 @@ time-out the flight ends by landing.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from crazyflie_interface import collision, guard, phases, radio
+from crazyflie_interface import collision, guard, phases, preflight, radio
 from crazyflie_interface.guard import Answer
 from crazyflie_interface.radio import Radio
 from crazyflie_interface.setpoint import Setpoint, plan_fault, positions_at, setpoint_at, setpoint_fault
@@ -66,9 +65,10 @@ class _Motion:
 class FlightManager:
     """The flight of one drone over one Radio."""
 
-    def __init__(self, link: Radio, settings: FlightSettings | None = None):
+    def __init__(self, link: Radio, settings: FlightSettings | None = None, robot: str = 'cf1'):
         self.radio = link
         self.settings = settings or FlightSettings()
+        self._body = self.settings.body_name or robot  # the rigid body that mocap must follow
         self.phase = 'disarmed'
         self.answer = Answer('idle')  # the guard's last answer
         self.reason = ''  # why the flight left the operator's hands; kept until the next request
@@ -87,7 +87,7 @@ class FlightManager:
         self._pose: tuple[float, np.ndarray, np.ndarray] | None = None  # stamp, position, quaternion
         self._pose_seen = -np.inf  # instant at which the drone is known to have been there
         self._pose_fault = ''
-        self._pose_times: collections.deque[float] = collections.deque()
+        self._pose_window = preflight.PoseWindow(self.settings.preflight_time)
         self._odometry: tuple[float, np.ndarray] | None = None  # arrival, velocity
         self._odometry_fault = ''
         self._obstacles = Obstacles.none()  # stamped on the steady clock
@@ -98,6 +98,8 @@ class FlightManager:
         self._watchdog_sent = -np.inf
         self._off_repeats = 0
         self._estimator_reset = -np.inf
+        self._spheres_heard = False
+        self._clock_difference: float | None = None
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -109,9 +111,9 @@ class FlightManager:
         refusal = self._refusal('arm') or ('already arming' if self._arming_since is not None else '')
         if refusal:
             return Result(False, refusal)
-        failures = self.preflight(now)
-        if failures:
-            return Result(False, '; '.join(failures))
+        ready = self.try_preflight(now)
+        if not ready.success:
+            return ready
         self._arming_since = self._arming_sent = now
         self._off_repeats = 0
         self.reason = ''
@@ -123,9 +125,9 @@ class FlightManager:
         refusal = self._refusal('takeoff')
         if refusal:
             return Result(False, refusal)
-        failures = self.preflight(now)
-        if failures:
-            return Result(False, '; '.join(failures))
+        ready = self.try_preflight(now)
+        if not ready.success:
+            return ready
         s = self.settings
         _, position, _ = self._pose
         self._ground = float(position[2])
@@ -229,9 +231,7 @@ class FlightManager:
         self.radio.extpose(position, quaternion)
         self._pose = (stamp, np.array(position, float), quaternion)
         self._pose_seen = min(stamp, now)  # a stamp ahead of our clock makes nothing fresher
-        self._pose_times.append(now)
-        while self._pose_times[0] < now - self.settings.preflight_time - 0.5:
-            self._pose_times.popleft()
+        self._pose_window.add(now, now - stamp)
         return ''
 
     def _judge_pose(self, stamp, position, quaternion):
@@ -301,10 +301,15 @@ class FlightManager:
     def on_obstacles(self, obstacles: Obstacles, now: float) -> None:
         """The virtual spheres, stamped in ROS time."""
         self._obstacles = dataclasses.replace(obstacles, stamp=self.stamps.steady(obstacles.stamp, now))
+        self._spheres_heard = True
 
     def on_diagnostic(self, node: str, diagnostic: interface.Diagnostic, now: float) -> None:
         """One status of /diagnostics of this robot's `node` (policy, recorder, mocap, ...)."""
         self.heard[node] = (now, diagnostic)
+
+    def on_system_time(self, difference: float) -> None:
+        """ROS time minus system time (s)."""
+        self._clock_difference = difference
 
     # --- the 50 Hz tick ---------------------------------------------------------------------------
 
@@ -647,89 +652,33 @@ class FlightManager:
             return f'the plan begins {jump:.2f} m from the drone (limit {s.engage_jump} m)'
         return ''
 
-    def preflight(self, now: float) -> list[str]:
-        """What speaks against arming and taking off, each with value and limit; empty when ready.
+    def preflight(self, now: float) -> tuple[preflight.Check, ...]:
+        """The table of checks that arming and take-off ask for."""
+        arrivals, latencies = self._pose_window.since(now - self.settings.preflight_time)
+        _, position, quaternion = self._pose or (None, None, None)
+        heard = {node: preflight.Heard(status, came, came - self.stamps.steady(status.stamp, came))
+                 for node, (came, status) in self.heard.items()}
+        return preflight.checks(preflight.Known(
+            now=now, phase=self.phase, telemetry=self.radio.telemetry(), position=position, quaternion=quaternion,
+            pose_age=self._pose_age(now), pose_fault=self._pose_fault, arrivals=arrivals, latencies=latencies,
+            plan_age=now - self._plan_received, plan_fault=self._plan_fault,
+            obstacles=self._obstacles.at(now) if self._spheres_heard else None, heard=heard,
+            clock_difference=self._clock_difference,
+            clock_step=self.stamps.last_step if self.stamps.settling(now) else 0.0), self.settings, self._body)
+
+    def try_preflight(self, now: float) -> Result:
+        """Whether the drone may be armed, or every failed check with its value, limit and remedy.
 
         An onboard estimate that disagrees with mocap is also reset, so that a second try may pass.
         """
-        telemetry = self.radio.telemetry()
-        if telemetry.link != 'up':
-            return [f'radio link is {telemetry.link}{": " + telemetry.fault if telemetry.fault else ""}']
-        return [*self._pose_failures(now), *self._drone_failures(telemetry, now),
-                *self._estimate_failures(telemetry, now)]
-
-    def _pose_failures(self, now):
-        s = self.settings
-        if self._pose is None:
-            return [f'no mocap pose yet{" (" + self._pose_fault + ")" if self._pose_fault else ""}']
-        failures = []
-        if self._pose_age(now) >= s.pose_warn:
-            failures.append(f'mocap pose is {self._pose_age(now):.2f} s old (limit {s.pose_warn} s)')
-        recent = [t for t in self._pose_times if t >= now - s.preflight_time - s.pose_warn]
-        gap = max((b - a for a, b in zip(recent, recent[1:], strict=False)), default=np.inf)
-        span = recent[-1] - recent[0] if recent else 0.0
-        if span < s.preflight_time - s.pose_warn or gap >= s.pose_warn:
-            failures.append(f'mocap was gapless for {0.0 if gap >= s.pose_warn else span:.2f} s '
-                            f'(needs {s.preflight_time} s)')
-        elif not s.preflight_rate_min <= (len(recent) - 1) / span <= s.preflight_rate_max:
-            failures.append(f'mocap rate is {(len(recent) - 1) / span:.1f} Hz '
-                            f'(needs {s.preflight_rate_min:g} to {s.preflight_rate_max:g} Hz)')
-        if guard.outside(self._pose[1], [*s.fence_low[:2], -np.inf], s.fence_high) > 0.0:
-            failures.append(f'drone at {np.round(self._pose[1], 2).tolist()} m is outside the fence '
-                            f'{s.fence_low} to {s.fence_high}')
-        tilt = float(rotation.tilt(self._pose[2]))
-        if tilt > 0.35:
-            failures.append(f'drone is tilted by {tilt:.2f} rad (limit 0.35 rad)')
-        return failures
-
-    def _drone_failures(self, telemetry, now):
-        s = self.settings
-        failures = []
-        if telemetry.stamp is None or now - telemetry.stamp >= s.telemetry_land:
-            return ['no fresh telemetry from the drone']
-        if telemetry.parameter_faults is None:
-            failures.append('parameters are not set yet')
-        else:
-            failures += telemetry.parameter_faults
-        if telemetry.battery_v is None or not telemetry.battery_v > s.battery_warn:
-            volts = 'unknown' if telemetry.battery_v is None else f'{telemetry.battery_v:.2f} V'
-            failures.append(f'battery is {volts} (needs more than {s.battery_warn} V)')
-        bits = telemetry.supervisor
-        if bits is None:
-            return [*failures, 'supervisor state is unknown']
-        for bit, what in ((radio.TUMBLED, 'tumbled'), (radio.CRASHED, 'crashed'),
-                          (radio.LOCKED, 'locked: restart the drone')):
-            if bits & bit:
-                failures.append(f'supervisor reports {what} (0x{bits:03x})')
-        if self.phase == 'armed' and not bits & radio.CAN_FLY:
-            failures.append(f'supervisor does not report canFly (0x{bits:03x})')
-        elif not bits & (radio.CAN_FLY | radio.CAN_ARM):  # a drone that arms itself reports canFly only
-            failures.append(f'supervisor reports neither canArm nor canFly (0x{bits:03x})')
-        return failures
-
-    def _estimate_failures(self, telemetry, now):
-        s = self.settings
-        if self._pose is None:
-            return []
-        if telemetry.position is None or telemetry.yaw is None or telemetry.variance is None:
-            return ['onboard estimate is unknown']
-        failures = []
-        error = float(np.linalg.norm(telemetry.position - self._pose[1]))
-        if not error <= s.preflight_position:
-            failures.append(f'onboard position is {error:.3f} m from mocap (limit {s.preflight_position} m)')
-        turn = telemetry.yaw - float(rotation.yaw(self._pose[2]))
-        turn = abs((turn + np.pi) % (2 * np.pi) - np.pi)
-        if not turn <= s.preflight_yaw:
-            failures.append(f'onboard heading is {turn:.3f} rad from mocap (limit {s.preflight_yaw} rad)')
-        if not np.max(telemetry.variance) <= s.preflight_variance:
-            failures.append(f'onboard position variance is {np.max(telemetry.variance):.2g} m^2 '
-                            f'(limit {s.preflight_variance} m^2)')
-        if failures and self.phase == 'disarmed':
-            if now - self._estimator_reset >= ESTIMATOR_SETTLES:
-                self._estimator_reset = now
-                self.radio.reset_estimator()
-            failures.append(f'the onboard estimator was reset, try again in {ESTIMATOR_SETTLES:g} s')
-        return failures
+        table = self.preflight(now)
+        astray = any(c.refuses and c.name.startswith('estimate_') for c in table)
+        if (astray and self.phase == 'disarmed' and self._pose_age(now) < self.settings.pose_warn
+                and now - self._estimator_reset >= ESTIMATOR_SETTLES):
+            self._estimator_reset = now
+            self.radio.reset_estimator()
+        refusal = preflight.refusal(table)
+        return Result(not refusal, refusal or 'ready')
 
     # --- status -----------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from rclpy.node import Node
 
 from crazyflie_interface.cflib_radio import CflibRadio
 from crazyflie_interface.flight import TICK, FlightManager
+from crazyflie_interface.preflight import REPORTERS
 from crazyflie_interface.radio import Radio, RadioError
 from crazyflie_interface.settings import Settings
 from deqmpc import interface
@@ -143,7 +144,7 @@ class CrazyflieInterface(Node):
     def _on_diagnostics(self, msg):
         for status in interface.read_diagnostics(msg):
             robot, _, name = status.name.partition('/')
-            if robot == self.robot and name != 'crazyflie_interface':
+            if robot == self.robot and name in REPORTERS:
                 self.manager.on_diagnostic(name, status, self._now())
 
     def _refused(self, what: str, reason: str):

@@ -122,7 +122,7 @@ def checks(known: Known, settings: FlightSettings, body: str) -> tuple[Check, ..
 
 def refusal(table: tuple[Check, ...]) -> str:
     """Why arming and take-off are refused, every failed check in a sentence; empty when they are not."""
-    return '; '.join(f'{c.name} {c.sentence} ({c.fix})' for c in table if c.refuses)
+    return '; '.join(f'{c.name}: {c.sentence} ({c.fix})' for c in table if c.refuses)
 
 
 # --- the drone and its radio --------------------------------------------------------------------------

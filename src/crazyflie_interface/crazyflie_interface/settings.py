@@ -129,8 +129,8 @@ class PreflightSettings:
     preflight_policy_latency: float = parameter(
         0.1, "Largest age (s) of the odometry behind a plan when the plan goes out.", 0.01, 1.0)
     preflight_clock: float = parameter(
-        0.005, 'Largest uncertainty (s) of the mocap clock, difference of the ROS clock from the system clock, '
-        'and step of the system clock within preflight_time.', 1e-4, 1.0)
+        0.005, 'Largest uncertainty (s) of the mocap clock, and difference of the ROS clock from the system clock.',
+        1e-4, 1.0)
     preflight_message_age: float = parameter(
         0.2, "Largest age (s) of the other nodes' stamps on arrival: more is a slow network or another "
         "host's clock.", 0.01, 5.0)

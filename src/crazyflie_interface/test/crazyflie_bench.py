@@ -11,9 +11,14 @@ from crazyflie_interface import radio
 from crazyflie_interface.flight import TICK, FlightManager
 from crazyflie_interface.radio import Radio, Telemetry
 from crazyflie_interface.settings import FlightSettings
-from deqmpc.types import Plan, RigidBodyState
+from deqmpc import interface
+from deqmpc.types import Obstacles, Plan, RigidBodyState
 
 LEVEL = np.array([0.0, 0.0, 0.0, 1.0])
+# What the other nodes report when all is well.
+REPORTS = {'mocap': {'body': 'cf1', 'tracked': 'True', 'clock_uncertainty_ms': '0.3'},
+           'policy': {'policy': 'bench', 'tick': '7', 'gate': 'accepted', 'latency_ms': '25'},
+           'recorder': {'messages': '100', 'disk_free_bytes': '1e+11'}}
 
 
 def hover_plan(stamp, position=(0.0, 0.0, 0.5), velocity=(0.0, 0.0, 0.0), points=11, step=0.1):
@@ -46,6 +51,9 @@ class Bench:
                      'emergency_stop', 'emergency_watchdog', 'reset_estimator', 'close'):
             getattr(self.radio, name).side_effect = self._command(name)
         self.manager = FlightManager(self.radio, settings)
+        self.reports = dict(REPORTS)  # nodes that report
+        self.manager.on_obstacles(Obstacles.none(self.now), self.now)
+        self.manager.on_system_time(0.0)
         self.sent = []
         self._telemetry_stamp = self.now
 
@@ -101,10 +109,18 @@ class Bench:
                     self.manager.on_pose(self.now - 0.005, self.position + noise, LEVEL, self.now)
                     self.manager.on_odometry(RigidBodyState(
                         self.now, self.position, LEVEL, self.velocity, np.zeros(3)), self.now)
+            if round(self.now / TICK) % 5 == 0:
+                self._report()
             if self.policy and round(self.now / TICK) % 5 == 0:
                 self.manager.on_plan(hover_plan(self.now - 0.03, self.position, self.plan_velocity), self.now)
             self.sent.append(self.manager.tick(self.now))
         return self
+
+    def _report(self):
+        for node, values in self.reports.items():
+            if node != 'policy' or self.policy:
+                self.manager.on_diagnostic(node, interface.Diagnostic(
+                    self.now, f'cf1/{node}', interface.OK, 'bench', values), self.now)
 
     def until(self, phase, limit=20.0):
         """Step until `phase`."""

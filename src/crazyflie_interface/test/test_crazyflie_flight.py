@@ -67,7 +67,7 @@ def test_arming_is_refused_with_every_failed_check_its_value_and_its_limit():
     b.radio.telemetry.side_effect = b._telemetry
     message = b.refused('arm', True)
     for part in ('3.75 V', '3.8 V', 'locked', 'a.b reads 1', '0.060 m', '0.05 m', '0.300 rad', '0.175 rad',
-                 'variance is 0.1', 'canArm'):
+                 'estimate_variance: 0.1 m^2', 'canArm'):
         assert part in message, part
     assert 'reset' in message and b.commands() == ['reset_estimator']
     b.refused('arm', True)
@@ -83,12 +83,12 @@ def gap(b):
 
 @pytest.mark.parametrize('break_it,word', [
     (lambda b: setattr(b, 'link', 'lost'), 'lost'),
-    (lambda b: setattr(b, 'bits', None), 'supervisor state is unknown'),
-    (lambda b: setattr(b, 'volts', None), 'battery is unknown'),
+    (lambda b: setattr(b, 'bits', None), 'supervisor: unknown'),
+    (lambda b: setattr(b, 'volts', None), 'battery: unknown'),
     (lambda b: setattr(b, 'parameter_faults', None), 'not set yet'),
     (lambda b: setattr(b, 'drone_alive', False) or b.step(1.5), 'telemetry'),
-    (lambda b: setattr(b, 'mocap', False) or b.step(0.3), 'mocap pose is'),
-    (lambda b: gap(b), 'gapless'),
+    (lambda b: setattr(b, 'mocap', False) or b.step(0.3), 'mocap_pose: 0.3'),
+    (lambda b: gap(b), 'longest gap 0.3'),
     (lambda b: b.position.__setitem__(0, 3.0) or b.step(), 'fence')])
 def test_each_preflight_check_alone_refuses_arming(break_it, word):
     b = Bench().step(1.2)
@@ -99,6 +99,7 @@ def test_each_preflight_check_alone_refuses_arming(break_it, word):
 
 def test_arming_needs_mocap_poses_at_their_rate():
     b = Bench()
+    b._report()
     for _ in range(60):
         b.now += 0.025
         b.manager.on_pose(b.now, b.position, LEVEL, b.now)
@@ -108,7 +109,7 @@ def test_arming_needs_mocap_poses_at_their_rate():
 
 def test_arming_without_a_pose_says_so():
     b = Bench()
-    assert 'no mocap pose yet' in b.refused('arm', True)
+    assert 'mocap_pose: no pose yet' in b.refused('arm', True)
 
 
 def test_the_phase_is_armed_only_once_the_drone_confirms_it():

@@ -6,6 +6,7 @@ from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
+from crazyflie_bench import REPORTS
 
 rclpy = pytest.importorskip('rclpy', reason='rclpy is not installed')
 from rclpy.experimental import EventsExecutor  # noqa: E402
@@ -15,7 +16,7 @@ from crazyflie_interface import radio  # noqa: E402
 from crazyflie_interface.node import CrazyflieInterface  # noqa: E402
 from crazyflie_interface.radio import Radio, RadioError, Telemetry  # noqa: E402
 from deqmpc import interface  # noqa: E402
-from deqmpc.types import Plan, RigidBodyState  # noqa: E402
+from deqmpc.types import Obstacles, Plan, RigidBodyState  # noqa: E402
 from deqmpc_ros.messages import TYPES, message_class  # noqa: E402
 from deqmpc_ros.node import SettingsError, now, publisher, subscription  # noqa: E402
 
@@ -67,6 +68,9 @@ class Graph:
         self.pose = publisher(self.client, interface.POSE, 'cf1')
         self.odometry = publisher(self.client, interface.ODOM, 'cf1')
         self.plan = publisher(self.client, interface.PLAN, 'cf1')
+        self.reports = publisher(self.client, interface.DIAGNOSTICS, 'cf1')
+        self.obstacles = publisher(self.client, interface.OBSTACLES, 'cf1')
+        self.obstacles.publish(interface.obstacles_message(TYPES, Obstacles.none(now(self.client))))
         self.timer = self.client.create_timer(0.01, self.publish)
         self.count = 0
 
@@ -77,6 +81,10 @@ class Graph:
         self.pose.publish(interface.pose_message(TYPES, t, position, LEVEL))
         self.odometry.publish(interface.odometry_message(
             TYPES, RigidBodyState(t, position, LEVEL, np.zeros(3), np.zeros(3)), 'cf1'))
+        if self.count % 20 == 0:
+            for node, values in REPORTS.items():
+                self.reports.publish(interface.diagnostics_message(
+                    TYPES, t, f'cf1/{node}', interface.OK, 'bench', values, 'bench'))
         if self.count % 5 == 0:
             p = np.tile(self.drone.position, (11, 1))
             plan = Plan(t, 0.1 * np.arange(11), p, np.tile(LEVEL, (11, 1)), *np.zeros((3, 11, 3)))
