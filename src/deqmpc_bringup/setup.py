@@ -25,6 +25,7 @@ setup(
     entry_points={
         'deqmpc.commands': [
             'fly = deqmpc_bringup.fly:main',
+            'fuzz = deqmpc_bringup.fuzz:main',
             'replay = deqmpc_bringup.fly:replay',
             'stream = deqmpc_bringup.stream:main',
             'trial = deqmpc_bringup.trial:main',

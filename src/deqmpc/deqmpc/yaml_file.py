@@ -18,7 +18,7 @@ MAX_DEPTH = 20  # nested lists and mappings
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases, duplicate keys and deep nesting."""
+    """SafeLoader without aliases, duplicate keys, deep nesting and integers that no other reader can hold."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -44,6 +44,15 @@ class _Loader(yaml.SafeLoader):
             twice = next(k for i, k in enumerate(keys) if k in keys[:i])
             raise yaml.constructor.ConstructorError(None, None, f'key {twice!r} is there twice', node.start_mark)
         return mapping
+
+    def construct_yaml_int(self, node):
+        number = super().construct_yaml_int(node)
+        if not -2**63 <= number < 2**63:
+            raise yaml.constructor.ConstructorError(None, None, 'integer beyond 64 bits', node.start_mark)
+        return number
+
+
+_Loader.add_constructor('tag:yaml.org,2002:int', _Loader.construct_yaml_int)
 
 
 def parse(text: str, where: str) -> Any:

@@ -12,7 +12,8 @@ BOMB = 'a: &a [x, x]\n' + '\n'.join(f'{b}: &{b} [*{a}, *{a}]' for a, b in zip('a
                                                                               strict=True))
 
 
-@pytest.mark.parametrize('text', ['', 'a: 1', 'a: {b: [1, 2.5, x, null, true]}', '- 1\n- .inf', '2021-12-31'])
+@pytest.mark.parametrize('text', ['', 'a: 1', 'a: {b: [1, 2.5, x, null, true]}', '- 1\n- .inf', '2021-12-31',
+                                  str(2**63 - 1)])
 def test_a_plain_file_is_read_as_safe_load_reads_it(text, tmp_path):
     path = tmp_path / 'file.yaml'
     path.write_text(text)
@@ -30,7 +31,8 @@ def test_every_settings_file_of_the_project_is_read_as_safe_load_reads_it(path):
     ('a: [', 'not YAML'), ('a: !!python/object/apply:os.system [ls]', 'not YAML'), ('2021-13-45', 'month'),
     ('!!int ""', 'not YAML'), ('!!bool maybe', 'not YAML'), ('!!timestamp x', 'not YAML'), ('{[1]: 2}', 'not YAML'),
     ('1' * 5000, 'not YAML'), ('a: 1\n---\nb: 2', 'not YAML'), ('x: "' + 'y' * 1_000_000 + '"', 'at most'),
-    ('\x00', 'not YAML')])
+    ('\x00', 'not YAML'), (f'a: {2**63}', 'beyond 64 bits'), (f'- {-2**63 - 1}', 'beyond 64 bits')],
+    ids=lambda value: repr(value[:30]))
 def test_what_cannot_be_used_is_a_value_error_that_begins_with_the_files_name(text, what, tmp_path):
     path = tmp_path / 'file.yaml'
     path.write_text(text)

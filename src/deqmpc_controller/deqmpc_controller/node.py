@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from rclpy.node import Node
 
-from deqmpc import interface
+from deqmpc import interface, yaml_file
 from deqmpc.neighbours import ColumnSettings, Neighbours
 from deqmpc.policies.base import POLICIES, load_policy
 from deqmpc_controller.plan_gate import ACCEPTED, GateSettings
@@ -56,8 +55,8 @@ def policy_from(settings: Settings, where: str):
     if settings.policy_file:
         path = Path(settings.policy_file)
         try:
-            options = yaml.safe_load(path.read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
+            options = yaml_file.load(path) or {}
+        except (OSError, ValueError) as error:
             raise SettingsError(f'{where}: parameter policy_file = {str(path)!r}: {error}') from error
         if not isinstance(options, dict):
             raise SettingsError(f'{where}: {path} holds {type(options).__name__}; expected settings')
