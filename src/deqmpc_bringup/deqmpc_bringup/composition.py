@@ -18,6 +18,7 @@ import yaml
 
 from deqmpc import yaml_file
 from deqmpc_bringup.fleet import FleetError, FleetRobot, read_fleet
+from deqmpc_bringup.network import network_environment
 
 _REFERENCE = re.compile(r'\$\((\w+)\)')
 
@@ -241,14 +242,13 @@ def parse_assignments(words: list[str]) -> dict[str, str]:
 
 
 def environment(base: dict[str, str]) -> dict[str, str]:
-    """`base` with what every process of the stack needs and the user has not set."""
-    env = dict(base)
-    # The profile binds DDS to loopback; rmw_fastrtps's own LOCALHOST adds shared memory and a socket on
-    # 0.0.0.0 to it, so discovery is left to the profile.
-    env.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'SYSTEM_DEFAULT')
+    """`base` with what every process of the stack needs and the user has not set. CompositionError where the network
+    that DEQMPC_NETWORK asks for cannot be had."""
+    try:
+        env = {**base, **network_environment(base, share_dir() / 'config')}
+    except ValueError as error:
+        raise CompositionError(str(error)) from error
     env.setdefault('ROS_PYTHON_CHECK_FIELDS', '1')
-    env.setdefault('RMW_IMPLEMENTATION', 'rmw_fastrtps_cpp')
-    env.setdefault('FASTDDS_DEFAULT_PROFILES_FILE', str(share_dir() / 'config' / 'fastdds.xml'))
     env.setdefault('PYTHONUNBUFFERED', '1')
     env.setdefault('OMP_NUM_THREADS', '1')
     return env
