@@ -40,22 +40,23 @@ from flight_log.protocol import Call, Done, GoTo, Seen, TrialConductor, TrialSet
 from flight_log.recorder_node import RecorderSettings, read_metadata
 from mocap_bridge import session
 from mocap_bridge.bridge import Bridge, HealthSettings
-from mocap_bridge.clock import ClockMap
 from mocap_bridge.node import Settings as MocapSettings
 from mocap_bridge.odometry import OdometrySettings
 from sim_env.mocap_noise import MocapFrame
 from sim_env.obstacle_node import Settings as ObstacleSettings
 from sim_env.obstacle_node import make_field
 from sim_env.sim_node import Settings as SimSettings
-from sim_env.sim_node import make_crazyflie, make_sensor
+from sim_env.sim_node import make_crazyflie, make_sensor, of_robot
 
 S = TypeVar('S')
 
 SOLVE_DELAY = 0.02  # s from a tick to its plan's arrival at the flight manager
 CONDUCTOR_PERIOD = 0.1  # s, as the trial node steps
 STATUS_PERIOD = 0.1  # s
+REPORT_PERIOD = 1.0  # s, of the mocap bridge and the recorder
 OBSTACLE_PERIOD = 0.1  # s, of moving spheres
 ECHO_PERIOD = session.ClientSettings().echo_period  # s
+DISK_FREE = 100_000_000_000  # bytes, of the simulated computer
 NETWORK_DELAY = 2e-4  # s, of a datagram from the mocap system
 EPOCH = 1000.0  # s, the simulated ROS clock at the start; 0 would look like an unset stamp
 LIMIT = 600.0  # s of simulated time after which a trial that does not end is a fault of the protocol
@@ -92,7 +93,7 @@ class InProcessGraph:
 
         def read(name: str, settings: type[S]) -> S:
             return settings_of(by_name[name], settings)
-        sim, policy = read('sim', SimSettings), read('policy', PolicySettings)
+        sim, policy = of_robot(read('sim', SimSettings), self.robot), read('policy', PolicySettings)
         mocap = read('mocap_bridge', MocapSettings)
         torch.set_num_threads(policy.threads)
         self.crazyflie = make_crazyflie(sim)
@@ -100,17 +101,20 @@ class InProcessGraph:
         self.body = sim.body or self.robot
         self.mocap: Callable[[MocapFrame], Sequence[MocapFrame]] = lambda frame: (frame,)
         self.plan: Callable[[Plan | None], Plan | None] = lambda plan: plan
-        self.policy_alive = self.obstacles_alive = self.recorder_alive = True
+        self.policy_alive = self.obstacles_alive = True
+        self.recorder_alive = 'recorder' in by_name
         self.obstacles: Obstacles | None = None  # as last published
         self.sensor = make_sensor(sim)
-        self._server_clock = ClockMap()
+        self._mocap_session = session.Session()
+        self._mocap_session.connected = True
         self.bridge = Bridge(mocap.body_name or self.robot, 'z', mocap.part(OdometrySettings),
                              mocap.part(HealthSettings), self.now)
         self.field = make_field(read('obstacles', ObstacleSettings))
         self._loop = policy_loop(policy, f'/{self.robot}/policy')
         self._policy_period = 1.0 / policy.rate
         self.radio = InProcessRadio(self.crazyflie, lambda: self.steady)
-        self.flight = FlightManager(self.radio, read('crazyflie_interface', InterfaceSettings))
+        self.flight = FlightManager(self.radio, read('crazyflie_interface', InterfaceSettings), self.robot)
+        self.flight.on_system_time(0.0)  # the simulated ROS clock is the system's
         self._types = BagTypes()
         self._bag: BagWriter | None = None
         if 'recorder' in by_name:
@@ -128,7 +132,7 @@ class InProcessGraph:
         self.radio.set_and_check_parameters()
         self.every(ECHO_PERIOD, self._echo)
         for period, action in ((TICK, self._tick_flight), (STATUS_PERIOD, self._publish_status),
-                               (self._policy_period, self._tick_policy)):
+                               (self._policy_period, self._tick_policy), (REPORT_PERIOD, self._report)):
             self.every(period, action)
         self.publish_obstacles()
         if self.field is not None and self.field.velocity.any():
@@ -152,6 +156,10 @@ class InProcessGraph:
             self._expose()
         while self._queue and self._queue[0][0] <= self.crazyflie.time + 1e-9:
             heapq.heappop(self._queue)[2]()
+
+    def on_neighbour(self, name: str, state: RigidBodyState) -> None:
+        """Odometry of another drone of a fleet, as the policy node hears it."""
+        self._loop.neighbours.on_odometry(name, state)
 
     def close(self) -> None:
         """Close the bag."""
@@ -192,13 +200,15 @@ class InProcessGraph:
     def _echo(self) -> None:
         """NatNet's echo: the server's clock asked for, there and back."""
         now, server = self.now, self.crazyflie.time
-        self._server_clock.observe_echo(now - NETWORK_DELAY, server, now + NETWORK_DELAY)
+        self._mocap_session.clock.observe_echo(now - NETWORK_DELAY, server, now + NETWORK_DELAY)
+        self._mocap_session.counters.echoes += 1
 
     def _on_frame(self, frame: MocapFrame) -> None:
-        self._server_clock.observe_frame(frame.delivery, self.now)
+        clock = self._mocap_session.clock
+        clock.observe_frame(frame.delivery, self.now)
+        self._mocap_session.counters.frames += 1
         sample = self.bridge.frame(session.MocapFrame(
-            frame.number, frame.exposure, self.now, self._server_clock.to_ros(frame.exposure), self._bodies(frame),
-            'z'))
+            frame.number, frame.exposure, self.now, clock.to_ros(frame.exposure), self._bodies(frame), 'z'))
         if sample is None:
             return
         self.bridge.published(sample, self.now)
@@ -243,15 +253,24 @@ class InProcessGraph:
                 self.flight.on_plan(plan, self.steady)
                 self.came['plan'] = self.now
             latency = self.now - self._loop.state.stamp if self._loop.state is not None else float('nan')
-            message = interface.diagnostics_message(
-                self._types, self.now, f'{self.robot}/policy',
-                interface.OK if tick.gate == ACCEPTED else interface.WARN, tick.gate,
-                tick.values(self._loop.policy.name, self.now, latency), self.robot)
-            self._write(interface.DIAGNOSTICS, lambda: message)
-            for status in interface.read_diagnostics(message):
-                self.flight.on_diagnostic('policy', status, self.steady)
+            self._diagnose('policy', interface.OK if tick.gate == ACCEPTED else interface.WARN, tick.gate,
+                           tick.values(self._loop.policy.name, self.now, latency))
             self.policy_tick = tick.number
         self.at(self.crazyflie.time + SOLVE_DELAY, arrive)
+
+    def _report(self) -> None:
+        self._diagnose('mocap', *self.bridge.report(self._mocap_session, self.now))
+        if self.recorder_alive:
+            self._diagnose('recorder', interface.OK, 'recording', {
+                'messages': 0 if self._bag is None else self._bag.messages, 'disk_free_bytes': DISK_FREE})
+
+    def _diagnose(self, node: str, level: int, message: str, values: dict[str, Any]) -> None:
+        """One status of `node` on /diagnostics."""
+        diagnostics = interface.diagnostics_message(
+            self._types, self.now, f'{self.robot}/{node}', level, message, values, self.robot)
+        self._write(interface.DIAGNOSTICS, lambda: diagnostics)
+        for status in interface.read_diagnostics(diagnostics):
+            self.flight.on_diagnostic(node, status, self.steady)
 
     def _tick_flight(self) -> None:
         self.flight.on_ros_time(self.now, self.steady)
@@ -277,9 +296,13 @@ class InProcessTrial(InProcessGraph):
         super().__init__(rows)
         self.conductor = TrialConductor(settings_of(next(r for r in rows if r.name == 'trial'), TrialSettings))
 
+    def begin(self, say: Callable[[str], None] = lambda line: None) -> None:
+        """Start the conductor; `advance` flies the trial from here."""
+        self.every(CONDUCTOR_PERIOD, lambda: self._step_conductor(say))
+
     def run(self, say: Callable[[str], None] = lambda line: None) -> Done:
         """Fly the trial; the bag is closed whatever happens. RuntimeError when it does not end."""
-        self.every(CONDUCTOR_PERIOD, lambda: self._step_conductor(say))
+        self.begin(say)
         try:
             while self.conductor.done is None:
                 self.advance()

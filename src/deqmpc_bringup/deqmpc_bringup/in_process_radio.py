@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from crazyflie_interface.cflib_radio import LOG_PERIOD
+from crazyflie_interface.cflib_radio import LOG_BLOCKS
 from crazyflie_interface.radio import Telemetry
 from crazyflie_interface.setpoint import Setpoint, int16_milli_to_cflib_si, si_to_int16_milli
 from sim_env.simulated_crazyflie import SimulatedCrazyflie
@@ -20,6 +20,7 @@ from sim_env.simulated_crazyflie import SimulatedCrazyflie
 # s of silence on the air after which cflib ends a radio link: 100 packets without an answer
 # (radiodriver.py), each tried four times, at the 10 ms that it leaves between them.
 LOST_AFTER = 1.0
+_LOG_PERIOD = 1e-3 * LOG_BLOCKS['state'][0]  # s
 
 
 def _arrives() -> bool:
@@ -48,7 +49,7 @@ class InProcessRadio:
             self._telemetry = self._changed(link='lost', fault='too many packets lost')
         if now < self._next_log - 1e-9:
             return
-        self._next_log += 1e-3 * LOG_PERIOD
+        self._next_log += _LOG_PERIOD
         if not self.link_down and self._telemetry.link == 'up' and self.down():
             self._telemetry = self._read()
 

@@ -7,11 +7,12 @@ motors' supply; u_i = PWM / 65535.
   v_motor = u_i V                     F_i* = s_i (a0 + a1 v_motor + a2 v_motor^2 + a3 v_motor^3), >= 0
   dF_i/dt = (F_i* - F_i) / tau                                                   (first-order motor lag)
   f_drag = -D (R^T v + w x h e3)                         (linear, body axes, acting at height h)
-  m dv/dt = -m g e3 + R (sum F_i e3 + f_drag) + contact
+  m dv/dt = -m g e3 + R (sum F_i e3 + f_drag) + push + contact
   J dw/dt = -w x J w + (torque_x, torque_y, torque_z)(F) + h e3 x f_drag + contact torque
   V = E(charge) - R_b I,  I = P / V + I_0,  P = k_p sum F_i^1.5                  (momentum theory)
 
-h is an effective height: in forward flight the rotors flap and tilt the body back, as if the drag pulled
+push is a force at the centre of mass that a test applies, else zero. h is an effective height: in forward
+flight the rotors flap and tilt the body back, as if the drag pulled
 well above them. Taken as a lever of the drag it can only take energy out. The cubic is Bitcraze's
 identification of thrust against motor voltage (crazyflie-firmware, platform_defaults_cf2.h; bitcraze.io
 blog, "Keeping thrust consistent as the battery drains").
@@ -78,7 +79,7 @@ class Plant:
 
     __slots__ = (
         'airframe', 'settings', 'x', 'y', 'z', 'vx', 'vy', 'vz', 'qx', 'qy', 'qz', 'qw', 'wx', 'wy', 'wz',
-        'f1', 'f2', 'f3', 'f4', 'voltage', 'charge', 'fixed_voltage', 'on_ground',
+        'f1', 'f2', 'f3', 'f4', 'voltage', 'charge', 'fixed_voltage', 'push', 'on_ground',
         'ax_body', 'ay_body', 'az_body', '_scale', '_stiffness', '_damping', '_corners')
 
     def __init__(self, airframe: Airframe, settings: PlantSettings, position=(0.0, 0.0, 0.0),
@@ -92,7 +93,8 @@ class Plant:
         self.f1 = self.f2 = self.f3 = self.f4 = 0.0
         self.charge = settings.battery_charge
         self.voltage = open_circuit_voltage(self.charge) - settings.battery_resistance * settings.idle_current
-        self.fixed_voltage: float | None = None  # V, when a recording supplies the voltage
+        self.fixed_voltage: float | None = None  # V, when a recording or a test supplies the voltage
+        self.push: tuple[float, float, float] | None = None  # N, world
         self.on_ground = False
         self.ax_body, self.ay_body, self.az_body = 0.0, 0.0, GRAVITY  # specific force
         self._scale = tuple(settings.thrust_scale * s for s in motor_scales)
@@ -102,6 +104,10 @@ class Plant:
         d = airframe.motor_offset
         self._corners = tuple((sx * d, sy * d, h) for h in (-_FOOT_DEPTH, _TOP_HEIGHT)
                               for sx in (1.0, -1.0) for sy in (1.0, -1.0))
+
+    def weaken(self, motor: int, factor: float) -> None:
+        """Let `motor` (0..3) give `factor` times the thrust it gave."""
+        self._scale = tuple(factor * s if i == motor else s for i, s in enumerate(self._scale))
 
     def rotation(self) -> tuple[float, ...]:
         """R, row by row (9 floats)."""
@@ -137,6 +143,10 @@ class Plant:
         fy = -dy * (r01 * vx + r11 * vy + r21 * vz - h * self.wx)
         tx, ty = tx - h * fy, ty + h * fx
         fz = f1 + f2 + f3 + f4 - dz * (r02 * vx + r12 * vy + r22 * vz)
+        if self.push is not None:
+            px, py, pz = self.push
+            fx, fy, fz = (fx + r00 * px + r10 * py + r20 * pz, fy + r01 * px + r11 * py + r21 * pz,
+                          fz + r02 * px + r12 * py + r22 * pz)
         self.on_ground = False
         if self.z - self.settings.floor < 0.05:
             cx, cy, cz, ctx, cty, ctz = self._contact(R)

@@ -159,3 +159,23 @@ def test_settings_out_of_range_are_named():
         PlantSettings(battery_charge=1.5)
     with pytest.raises(ValueError, match='thrust_scale'):
         PlantSettings(thrust_scale=0.0)
+
+
+def test_a_push_in_the_world_moves_the_centre_of_mass_by_f_t2_over_2m_whatever_the_attitude():
+    plant = tossed(NO_DRAG, np.random.default_rng(1))
+    free = tossed(NO_DRAG, np.random.default_rng(1))
+    plant.push = (0.03, -0.02, 0.05)
+    for _ in range(500):
+        plant.step(1e-3, OFF)
+        free.step(1e-3, OFF)
+    moved = np.array([plant.x - free.x, plant.y - free.y, plant.z - free.z])
+    assert moved == pytest.approx(0.5 * np.array(plant.push) / FRAME.mass * 0.25, rel=1e-9)
+    assert (plant.wx, plant.wy, plant.wz) == (free.wx, free.wy, free.wz)
+
+
+def test_a_weakened_motor_gives_that_fraction_of_its_thrust():
+    plant = Plant(FRAME, PlantSettings())
+    before = [plant.motor_thrust(30000.0, i) for i in range(4)]
+    plant.weaken(2, 0.7)
+    after = [plant.motor_thrust(30000.0, i) for i in range(4)]
+    assert after == pytest.approx([before[0], before[1], 0.7 * before[2], before[3]])
