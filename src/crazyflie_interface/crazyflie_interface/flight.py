@@ -87,6 +87,7 @@ class FlightManager:
         self._pose: tuple[float, np.ndarray, np.ndarray] | None = None  # stamp, position, quaternion
         self._pose_seen = -np.inf  # instant at which the drone is known to have been there
         self._pose_fault = ''
+        self._refused_pose: tuple[np.ndarray, np.ndarray] | None = None  # position, quaternion of the last jump
         self._pose_window = preflight.PoseWindow(self.settings.preflight_time)
         self._odometry: tuple[float, np.ndarray] | None = None  # arrival, velocity
         self._odometry_fault = ''
@@ -242,25 +243,39 @@ class FlightManager:
             return f'pose quaternion has norm {norm:.3g}, expected 1'
         if self._pose is not None and stamp <= self._pose[0]:
             return f'pose stamp is not after the last one, but {self._pose[0] - stamp:.3f} s before it'
-        return self._impossible(stamp, position, quaternion) if self.phase in phases.FLYING else ''
+        if self.phase not in phases.FLYING:
+            self._refused_pose = None
+            return ''
+        return self._impossible(stamp, position, quaternion)
 
     def _impossible(self, stamp, position, quaternion) -> str:
-        """Why no flying drone has this pose after the last one. On the ground it may stand still, and be carried."""
+        """Why no flying drone has this pose after the last one. On the ground it may stand still, and be carried.
+
+        What a drone can reach grows with the time since the last pose, so a place that was refused stays refused
+        for as long as the new pose is more like it than like the last one that was believed.
+        """
         s, (stamp_before, before, attitude) = self.settings, self._pose
-        quaternion = rotation.normalize(quaternion)
+        position, quaternion = np.asarray(position, float), rotation.normalize(quaternion)
         if self._height() > ON_GROUND and np.array_equal(position, before) and np.array_equal(quaternion, attitude):
             return 'pose repeats the last one bit for bit: frozen'
-        dt, moved = stamp - stamp_before, np.asarray(position, float) - before
-        reach = s.jump_speed * dt + s.jump_margin
-        distance = float(np.linalg.norm(moved))
-        if self._odometry is not None and distance <= reach:
-            distance = float(np.linalg.norm(moved - dt * self._odometry[1]))
-            reach = 0.5 * s.jump_acceleration * dt * dt + s.jump_margin
-        if distance > reach:
-            return f'pose jumped: {distance:.2f} m from where it can be after {dt:.2f} s (limit {reach:.2f} m)'
-        turned = 2.0 * float(np.arccos(min(1.0, abs(attitude @ quaternion))))
-        limit = s.jump_rate * dt + s.jump_angle
-        return f'pose flipped: turned {turned:.2f} rad in {dt:.2f} s (limit {limit:.2f} rad)' if turned > limit else ''
+        dt, velocity = stamp - stamp_before, None if self._odometry is None else self._odometry[1]
+        moved, turned = _distance(position, before), _angle(quaternion, attitude)
+        strayed = moved if velocity is None else _distance(position, before + dt * velocity)
+        fault = ''
+        if moved > s.jump_speed * dt + s.jump_margin:
+            fault = f'jumped {moved:.2f} m in {dt:.2f} s (limit {s.jump_speed * dt + s.jump_margin:.2f} m)'
+        elif velocity is not None and strayed > 0.5 * s.jump_acceleration * dt**2 + s.jump_margin:
+            fault = (f'jumped {strayed:.2f} m from where it was going in {dt:.2f} s '
+                     f'(limit {0.5 * s.jump_acceleration * dt**2 + s.jump_margin:.2f} m)')
+        elif turned > s.jump_rate * dt + s.jump_angle:
+            fault = f'turned {turned:.2f} rad in {dt:.2f} s (limit {s.jump_rate * dt + s.jump_angle:.2f} rad)'
+        elif self._refused_pose is not None:
+            place, facing = self._refused_pose
+            near = _distance(position, place) / s.jump_margin + _angle(quaternion, facing) / s.jump_angle
+            if near < min(moved, strayed) / s.jump_margin + turned / s.jump_angle:
+                fault = f'is still where it had jumped to, {moved:.2f} m and {turned:.2f} rad from the last good one'
+        self._refused_pose = (position, quaternion) if fault else None
+        return f'pose {fault}' if fault else ''
 
     def on_plan(self, plan: Plan, now: float) -> str:
         """A plan from the policy, stamped in ROS time. Returns why it is refused, empty when it is used."""
@@ -417,7 +432,7 @@ class FlightManager:
         if 'policy' not in self.heard:
             return ''
         came, word = self.heard['policy']
-        if now - came >= self.settings.plan_hold:
+        if now - came >= self.settings.plan_warn:
             return f'the policy is silent for {now - came:.2f} s'
         return '' if word.level == interface.OK else f'the policy says: {word.message}'
 
@@ -713,3 +728,12 @@ class FlightManager:
         if self._recorder_fault(now):
             warnings.append(self._recorder_fault(now))
         return (interface.WARN, '; '.join(warnings)) if warnings else (interface.OK, self.phase)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm(a - b))
+
+
+def _angle(a: np.ndarray, b: np.ndarray) -> float:
+    """Angle (rad) between two attitudes."""
+    return 2.0 * float(np.arccos(min(1.0, abs(a @ b))))

@@ -47,9 +47,10 @@ an answer that is milder than the phase (hold while landing) changes nothing.
 
 A pose is not believed (FlightManager.on_pose; its reason stands beside the age) when a number is not finite, the
 quaternion has no unit norm, its stamp does not advance (late poses are as old as their stamp), or, in the air,
-when it repeats the last one bit for bit (frozen) or lies where no drone can have flown since (jump, another
-body, a flipped attitude). Odometry: not finite, or away from the pose. A plan: not finite, times that do not
-increase, no unit quaternion, a stamp that does not advance or is further than plan_latency from the present.
+when it repeats the last one bit for bit (frozen) or lies where no drone can have flown since (jump_*: a jump,
+another body, a flipped attitude), and then for as long as it stays there. Odometry: not finite, or away from the
+pose. A plan: not finite, times that do not increase, no unit quaternion, a stamp that does not advance or is
+further than plan_latency from the present.
 
 Ages and times are of the steady clock; the ROS clock may be set without making anything older or younger
 (stamp_clock). Requests end a flight too: land, emergency (from any phase), and shutdown of the node, which lands.

@@ -63,6 +63,12 @@ ONE_FAULT = {  # inputs -> (answer in flight, answer when armed on the ground)
     'send': (dict(link_fault='cannot send'), 'land', 'idle'),
     'telemetry': (dict(telemetry_age=1.0), 'land', 'idle'),
     'unknown supervisor': (dict(supervisor=None), None, 'idle'),
+    'unknown battery': (dict(battery_low_for=3.1, battery_v=None), 'land', 'idle'),
+    'battery not a number': (dict(battery_low_for=3.1, battery_v=np.nan), 'land', 'idle'),
+    'estimate': (dict(estimate_off_for=0.6, estimate_error=0.5), 'land', 'idle'),
+    'estimate not a number': (dict(estimate_off_for=0.6, estimate_error=np.nan), 'land', 'idle'),
+    'short estimate': (dict(estimate_off_for=0.4, estimate_error=0.5), None, 'idle'),
+    'recorder': (dict(recorder_fault='the recorder is silent'), 'land', 'idle'),
 }
 
 
@@ -89,8 +95,10 @@ def test_the_worst_of_two_faults_wins():
 @pytest.mark.parametrize('values,word', [
     (dict(setpoint=np.array([0, 0, 2.6])), 'fence'), (dict(setpoint=np.array([0, 0, 0.05])), 'fence'),
     (dict(setpoint_fault='setpoint.position is not finite'), 'finite'),
-    (dict(velocity=np.array([9.0, 0, 0])), 'outside the fence in')])
-def test_a_setpoint_that_must_not_be_sent_is_answered_by_a_hold_that_names_it(values, word):
+    (dict(velocity=np.array([9.0, 0, 0])), 'outside the fence in'),
+    (dict(odometry_age=0.3, odometry_fault='odometry is not finite'), 'no odometry for 0.30 s (limit 0.2 s) ('),
+    (dict(clock_step=-1.0), 'clock was set by -1.000 s')])
+def test_what_must_not_be_followed_is_answered_by_a_hold_that_names_it(values, word):
     answer = ask(**values)
     assert answer.answer == 'hold' and word in answer.reason
 
@@ -118,6 +126,13 @@ def test_reasons_carry_the_value_the_limit_and_why_the_last_input_was_refused():
     assert '0.45' in reason and '0.4 s' in reason and 'not finite' in reason
     reason = ask(pose_age=0.3, pose_fault='pose is not finite').reason
     assert '0.30' in reason and '0.2 s' in reason and 'not finite' in reason
+
+
+@pytest.mark.parametrize('answer', ['warn', 'hold', 'land'])
+def test_the_operator_chooses_what_a_dead_recorder_is_answered_by(answer):
+    settings = GuardSettings(recorder_answer=answer)
+    given = decide(dataclasses.replace(FINE, recorder_fault='the recorder is silent for 6.0 s'), settings)
+    assert given.answer == ('follow' if answer == 'warn' else answer)
 
 
 def test_distance_to_the_fence_is_negative_inside_and_zero_on_it():

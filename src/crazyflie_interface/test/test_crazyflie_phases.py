@@ -3,7 +3,8 @@ import itertools
 
 import pytest
 
-from crazyflie_interface.phases import FLYING, TRANSITIONS, after, refusal
+from crazyflie_interface.guard import ANSWERS, BASELINE
+from crazyflie_interface.phases import FLYING, ON_ANSWER, TRANSITIONS, after, refusal
 from deqmpc.interface import PHASES
 
 # The legal pairs, written out apart from the table under test.
@@ -37,3 +38,28 @@ def test_the_only_way_into_the_air_is_arm_then_takeoff_and_every_phase_in_the_ai
     assert into == {'takeoff'}
     for phase in FLYING:
         assert phase == 'landing' or refusal(phase, 'land') == ''
+
+
+# What each answer makes of each phase, written out apart from the table under test.
+BECOMES = {
+    #              idle          follow        hold          land          cut
+    'disarmed':   ('disarmed',   'disarmed',   'disarmed',   'disarmed',   'disarmed'),
+    'armed':      ('armed',      'armed',      'armed',      'armed',      'disarmed'),
+    'taking_off': ('taking_off', 'taking_off', 'taking_off', 'landing',    'emergency'),
+    'holding':    ('holding',    'holding',    'holding',    'landing',    'emergency'),
+    'following':  ('following',  'following',  'holding',    'landing',    'emergency'),
+    'landing':    ('landing',    'landing',    'landing',    'landing',    'emergency'),
+    'emergency':  ('emergency',  'emergency',  'emergency',  'emergency',  'emergency'),
+}
+
+
+@pytest.mark.parametrize('phase,answer', itertools.product(PHASES, ANSWERS))
+def test_every_answer_of_the_guard_makes_of_every_phase_what_the_table_says(phase, answer):
+    event = ON_ANSWER[phase].get(answer)
+    assert (after(phase, event) if event else phase) == BECOMES[phase][ANSWERS.index(answer)]
+
+
+def test_an_answer_never_leads_to_a_phase_that_asks_for_less():
+    for phase, answer in itertools.product(FLYING, ANSWERS):
+        reached = BECOMES[phase][ANSWERS.index(answer)]
+        assert ANSWERS.index(BASELINE[reached]) >= ANSWERS.index(BASELINE[phase])
