@@ -31,9 +31,11 @@ is plugged in again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import socket
 import threading
 import time
 
@@ -111,6 +113,14 @@ class ResendingUdp(UdpDriver):
     def __init__(self):
         super().__init__()
         self.needs_resending = True
+
+    def close(self):
+        """As UdpDriver, which waits up to 1 s for the next packet; the shutdown wakes it."""
+        if self._thread is not None and self.socket is not None:
+            self._thread._sp = True
+            with contextlib.suppress(OSError):  # not connected
+                self.socket.shutdown(socket.SHUT_RDWR)
+        super().close()
 
 
 class SteadyCrazyradio(Crazyradio):
@@ -253,8 +263,11 @@ def open_link(settings: RadioSettings, closing: threading.Event) -> Crazyflie:
 def dispose(cf: Crazyflie) -> None:
     """Close a Crazyflie without the zero setpoint that close_link() sends; returns after CLOSE_TIME at the
     latest, because cflib waits for threads that may wait for a dead device."""
-    if cf.link is not None:
-        cf.link = _Muted(cf.link)
+    cf.incoming.stop()
+    link = cf.link
+    if link is not None:
+        cf.link = _Muted(link)
+        link.in_queue.put(None)  # wakes the thread that just was told to stop
     closing = threading.Thread(target=cf.close_link, name='radio_close', daemon=True)
     closing.start()
     closing.join(CLOSE_TIME)

@@ -146,12 +146,12 @@ class CflibRadio:
 
     def _persist(self, limit: float) -> Crazyflie:
         """Try until connected, or for `limit` s."""
-        begin, pause, hopeless = time.monotonic(), FIRST_PAUSE, 0
+        begin, pause, hopeless = self._clock(), FIRST_PAUSE, 0
         while True:
             try:
                 return self._attempt()
             except LinkError as error:
-                waited = time.monotonic() - begin
+                waited = self._clock() - begin
                 self._tell(error, waited)
                 hopeless = hopeless + 1 if error.hopeless else 0
                 if self._closing.is_set() or (hopeless >= HOPELESS_ATTEMPTS and math.isfinite(limit)):

@@ -45,7 +45,7 @@ def linked():
     cf.commander, cf.loc = MagicMock(spec=Commander), MagicMock(spec=Localization)
     cf.high_level_commander, cf.supervisor = MagicMock(spec=HighLevelCommander), MagicMock(spec=Supervisor)
     cf.param = MagicMock(spec=Param)
-    cf.link = MagicMock()
+    cf.link, cf.incoming = MagicMock(), MagicMock()
     r._cf = cf
     r._update(link='up', stamp=clock.now)
     def flush():

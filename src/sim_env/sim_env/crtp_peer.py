@@ -56,6 +56,7 @@ class LinkDirection:
     loss: float = 0.0  # probability that a packet is lost
     latency: float = 0.0  # s added to every packet
     jitter: float = 0.0  # s, uniform from 0 to this on top of the latency
+    garble: float = 0.0  # probability that a packet arrives changed or cut; a radio's checksum prevents it
 
 
 PERFECT = LinkDirection()
@@ -119,29 +120,21 @@ class CrtpPeer:
     """One simulated Crazyflie on one UDP address.
 
     `counts`: packets received, sent, malformed, unsupported (understood, but not simulated),
-    lost_up, lost_down.
+    lost_up, lost_down, garbled_up, garbled_down. `table_latency` (s) is added to every answer of the tables
+    of contents.
     """
 
     def __init__(self, crazyflie: SimulatedCrazyflie, address: tuple[str, int] = ('127.0.0.1', 19850),
                  up: LinkDirection = PERFECT, down: LinkDirection = PERFECT, seed: int = 0,
                  warn: Callable[[str], None] = _logger.warning):
         """OSError when `address` cannot be opened; ValueError when a variable's name does not fit."""
-        self.crazyflie = crazyflie
-        self.up, self.down = up, down
+        self.up, self.down, self.table_latency = up, down, 0.0
         self.counts: Counter[str] = Counter()
         self.client: tuple[str, int] | None = None  # who gets log data and console text
         self._warn, self._warned = warn, {}
         self._rng = np.random.default_rng(seed)
         self._queues = {'up': deque(), 'down': deque()}  # (due s, packet, address)
-        self._parameters = list(crazyflie.parameters)
-        self._defaults = {name: p.value for name, p in crazyflie.parameters.items()}
-        self._variables = list(crazyflie.log_variables)
-        self._parameter_toc = _toc({name: PARAM_TYPES[p.ctype] | (READ_ONLY if p.read_only else 0)
-                                    for name, p in crazyflie.parameters.items()})
-        self._log_toc = _toc({name: LOG_TYPES[ctype] for name, (ctype, _) in crazyflie.log_variables.items()})
-        self._blocks: dict[int, LogBlock] = {}
-        self._console_lines = 0
-        self._group_mask = 0
+        self._boot(crazyflie)
         self._handlers = {
             (LINK, 0): self._echo, (LINK, 1): self._link_source, (LINK, 2): self._sink,
             (PLATFORM, 0): self._platform_command, (PLATFORM, 1): self._version,
@@ -158,6 +151,26 @@ class CrtpPeer:
         }
         self._socket = bind_udp(address, 'Crazyflie peer')
         self.address: tuple[str, int] = self._socket.getsockname()
+
+    def _boot(self, crazyflie: SimulatedCrazyflie) -> None:
+        self.crazyflie = crazyflie
+        self._parameters = list(crazyflie.parameters)
+        self._defaults = {name: p.value for name, p in crazyflie.parameters.items()}
+        self._variables = list(crazyflie.log_variables)
+        self._parameter_toc = _toc({name: PARAM_TYPES[p.ctype] | (READ_ONLY if p.read_only else 0)
+                                    for name, p in crazyflie.parameters.items()})
+        self._log_toc = _toc({name: LOG_TYPES[ctype] for name, (ctype, _) in crazyflie.log_variables.items()})
+        self._blocks: dict[int, LogBlock] = {}
+        self._console_lines = 0
+        self._group_mask = 0
+
+    def restart(self, crazyflie: SimulatedCrazyflie) -> None:
+        """The drone was switched off and on: `crazyflie` takes its place, and knows nothing of a client."""
+        self.client = None
+        self._warned = {}
+        for queue in self._queues.values():
+            queue.clear()
+        self._boot(crazyflie)
 
     def close(self) -> None:
         """Release the port."""
@@ -180,13 +193,24 @@ class CrtpPeer:
     # --- link -------------------------------------------------------------------------------------
 
     def _delay(self, way: str, packet: bytes, address: tuple[str, int], now: float) -> None:
-        """Lose the packet, or queue it for the time it arrives."""
+        """Lose the packet, or queue it for the time (s) it arrives after `now`."""
         link, queue = getattr(self, way), self._queues[way]
         if link.loss and self._rng.random() < link.loss:
             self.counts[f'lost_{way}'] += 1
             return
+        if link.garble and self._rng.random() < link.garble:
+            self.counts[f'garbled_{way}'] += 1
+            packet = self._garbled(packet)
         due = now + link.latency + (link.jitter * self._rng.random() if link.jitter else 0.0)
         queue.append((max(due, queue[-1][0]) if queue else due, packet, address))
+
+    def _garbled(self, packet: bytes) -> bytes:
+        """Every third packet is cut, the others have one byte changed."""
+        changed = bytearray(packet or b'\0')
+        if self._rng.random() < 1.0 / 3.0:
+            return bytes(changed[:self._rng.integers(len(changed))])
+        changed[self._rng.integers(len(changed))] ^= int(self._rng.integers(1, 256))
+        return bytes(changed)
 
     def _arrived(self, way: str, now: float):
         queue = self._queues[way]
@@ -203,7 +227,8 @@ class CrtpPeer:
 
     def _send(self, port: int, channel: int, data: bytes, receiver: tuple[str, int]) -> None:
         packet = bytes([port << 4 | 0x0C | channel]) + data[:MAX_DATA]
-        self._delay('down', packet, receiver, self.crazyflie.time)
+        late = self.table_latency if port in (LOG, PARAM) and channel == 0 else 0.0
+        self._delay('down', packet, receiver, self.crazyflie.time + late)
 
     def _handle(self, packet: bytes, sender: tuple[str, int]) -> None:
         if packet == NULL_PACKET:

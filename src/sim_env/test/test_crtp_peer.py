@@ -347,6 +347,47 @@ def test_a_delay_holds_packets_back_in_order_and_a_loss_of_one_holds_all():
     peer.close()
 
 
+def test_a_restarted_drone_has_its_own_values_and_sends_no_log_data_until_asked():
+    crazyflie, fresh = stand_in(), stand_in()
+    crazyflie.console = fresh.console = []
+    peer = CrtpPeer(crazyflie, ('127.0.0.1', 0))
+    client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    client.settimeout(WAIT)
+
+    def ask(*packets):
+        for packet in packets:
+            client.sendto(packet, peer.address)
+        until(lambda: peer.poll() or peer.counts['received'] == len(packets), 'packets received')
+        peer.counts.clear()
+        return [client.recv(40) for _ in packets]
+    ask(b'\xfd\x00', bytes.fromhex('5d0601070000'), bytes.fromhex('5d03010a'))
+    assert peer.client and peer._blocks
+    fresh.parameters['stabilizer.controller'].value = 7
+    peer.restart(fresh)
+    assert peer.client is None and not peer._blocks
+    assert ask(b'\x2d\x00\x00')[-1][-1] == 7
+    client.close()
+    peer.close()
+
+
+def test_a_garbling_link_changes_or_cuts_packets_and_counts_them():
+    crazyflie = stand_in()
+    crazyflie.console = []
+    peer = CrtpPeer(crazyflie, ('127.0.0.1', 0), down=LinkDirection(garble=0.5), seed=1)
+    client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    client.settimeout(WAIT)
+    answers = []
+    for _ in range(100):
+        client.sendto(b'\xfc' + b'echo', peer.address)
+        until(lambda: peer.poll() or peer.counts['received'] == len(answers) + 1, 'packet received')
+        answers.append(client.recv(40))
+    changed = [a for a in answers if a != b'\xfcecho']
+    assert len(changed) == peer.counts['garbled_down'] and 30 < len(changed) < 70
+    assert {len(a) for a in changed} > {5}
+    client.close()
+    peer.close()
+
+
 def test_quaternions_are_decompressed_as_cflib_compresses_them():
     rng = np.random.default_rng(0)
     for q in rng.normal(size=(500, 4)):
