@@ -1,0 +1,76 @@
+"""Two drones swap places: each policy knows the other by its odometry alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from deqmpc import interface
+from deqmpc_bringup.composition import compose, share_dir
+from deqmpc_bringup.in_process_fleet import InProcessFleet
+from flight_log.bag import read_bag
+
+TOUCH = 0.14  # m between the centres of two Crazyflies whose propellers touch: 2 (0.046 + 0.023)
+
+
+def rows(path, **given):
+    return compose('sim', {'fleet': str(share_dir() / 'config' / 'fleet' / 'two.yaml'), 'trial': 'true', 'seed': '3',
+                           'obstacles': 'off', 'max_steps': '60', 'run_dir': str(path), **given})
+
+
+def fleet(path, **given):
+    return InProcessFleet(rows(path, **given))
+
+
+@pytest.fixture(scope='module')
+def swapped(tmp_path_factory):
+    path = tmp_path_factory.mktemp('fleet')
+    flown = fleet(path, policy='mpc_only')
+    return flown, flown.run(), path
+
+
+def test_two_drones_swap_places_without_coming_near_each_other(swapped):
+    flown, done, _ = swapped
+    assert {name: d.success for name, d in done.items()} == {'cf1': True, 'cf2': True}, done
+    assert all(d.distance < 0.1 for d in done.values())  # of its goal, where the other one began
+    assert flown.distance > 0.25  # neighbour_radius of the policy
+
+
+def test_the_learned_policy_swaps_them_without_a_touch_too(tmp_path):
+    flown = fleet(tmp_path, record='false', policy='deq_mpc_deq')
+    done = flown.run()
+    assert all(d.success and d.distance < 0.1 for d in done.values()), done
+    assert flown.distance > TOUCH + 0.05
+
+
+def test_the_bag_of_each_drone_holds_its_own_flight(swapped):
+    _, _, path = swapped
+    for name, x in (('cf1', 1.0), ('cf2', -1.0)):
+        odometry = [interface.read_odometry(m) for _, _, _, m in read_bag(path / name / 'bag', [f'/{name}/odom'])]
+        assert odometry[0].position[0] == pytest.approx(-x, abs=0.05)
+        assert odometry[-1].position[0] == pytest.approx(x, abs=0.15)
+
+
+def test_drones_that_do_not_hear_each_other_would_have_met(tmp_path):
+    deaf = []
+    for row in rows(tmp_path, record='false', policy='mpc_only'):
+        words = list(row.ros_arguments)
+        for k in [k for k, word in enumerate(words) if word.startswith('neighbours:=')]:
+            del words[k - 1:k + 1]  # with its -p
+        deaf.append(dataclasses.replace(row, ros_arguments=tuple(words)))
+    flown = InProcessFleet(deaf)
+    for trial in flown.trials.values():
+        trial.on_neighbour = lambda name, state: None
+    flown.run()
+    assert flown.distance < TOUCH
+
+
+def test_a_drone_whose_neighbour_falls_silent_gets_no_plan_and_comes_down(tmp_path):
+    flown = fleet(tmp_path, record='false', policy='mpc_only')
+    first, second = flown.trials.values()
+    heard = first.on_neighbour
+    first.on_neighbour = lambda name, state: heard(name, state) if first.conductor.stage != 'following' else None
+    done = flown.run()
+    assert not done['cf1'].success and done['cf2'].success
+    assert 'no plan for' in done['cf1'].reason
+    assert np.abs(first.crazyflie.truth().velocity).max() < 0.05 and first.crazyflie.truth().position[2] < 0.05
