@@ -25,7 +25,8 @@ LEVEL = np.array([0.0, 0.0, 0.0, 1.0])
 # Slack for a busy machine: the thresholds themselves are tested in simulated time.
 SLACK = dict(uri='udp://127.0.0.1:19850', takeoff_duration=0.5, land_duration_min=0.3, land_speed=2.0,
              preflight_time=0.2, preflight_rate_min=1.0, preflight_rate_max=1000.0,
-             pose_warn=0.25, pose_hold=0.5, pose_land=2.0, pose_cut=10.0, telemetry_land=10.0)
+             pose_warn=0.25, pose_hold=0.5, pose_land=2.0, pose_cut=10.0, telemetry_land=10.0,
+             jump_margin=2.0)
 
 
 class Drone:
