@@ -26,6 +26,7 @@ setup(
         'deqmpc.commands': [
             'fly = deqmpc_bringup.fly:main',
             'fuzz = deqmpc_bringup.fuzz:main',
+            'preflight = deqmpc_bringup.preflight:main',
             'replay = deqmpc_bringup.fly:replay',
             'stream = deqmpc_bringup.stream:main',
             'trial = deqmpc_bringup.trial:main',

@@ -239,8 +239,8 @@ class CrazyflieInterface(Node):
     def _publish_preflight(self, t):
         arrays = [interface.diagnostics_message(
             TYPES, now(self), f'{self.robot}/preflight/{check.name}', check.level, check.sentence,
-            dict(zip(interface.PREFLIGHT_KEYS, (check.value, check.limit, check.fix), strict=True)),
-            self.settings.uri) for check in self.manager.preflight(t)]
+            {key: getattr(check, key) for key in interface.PREFLIGHT_KEYS}, self.settings.uri)
+            for check in self.manager.preflight(t)]
         arrays[0].status = [status for array in arrays for status in array.status]
         self._diagnostics.publish(arrays[0])
 

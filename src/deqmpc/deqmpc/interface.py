@@ -87,7 +87,7 @@ PREFLIGHT_CHECKS = (
     'estimate_position', 'estimate_yaw', 'estimate_variance',
     'fence', 'level', 'obstacles', 'policy', 'plan', 'policy_latency', 'clock', 'recorder', 'disk',
 )
-PREFLIGHT_KEYS = ('value', 'limit', 'fix')
+PREFLIGHT_KEYS = ('value', 'limit', 'fix', 'passed', 'waived')
 # Keys of DiagnosticStatus '<robot>/policy' on /diagnostics, one a tick.
 POLICY_KEYS = (
     'policy', 'tick',  # name; count of ticks since start
