@@ -95,7 +95,7 @@ _EXPLANATIONS = (
     (r'gaierror|Name or service not known', 'the host name is not known', True),
     (r'ConnectionRefused|Errno 111', 'nothing listens there (connection refused)', False),
     (r'Too many packets lost',
-     'the Crazyradio hears no drone; is it on, with this channel, rate and address?', False),
+     'the Crazyradio hears no drone; is it plugged in, and the drone on, with this channel, rate and address?', False),
 )
 
 

@@ -139,6 +139,7 @@ def test_a_dongle_pulled_out_is_a_lost_link_that_ends_no_thread_and_heals_when_i
     radios = [lab.connected(k + 1) for k in range(links)]
     lab.dongles[0].plugged = lab.dongles[1].plugged = False
     until(lambda: all(r.telemetry().link == 'lost' for r in radios), 'the loss')
+    assert all('hears no drone' in r.telemetry().fault for r in radios)  # not after 5 s of silence
     threads = [running(r.connect) for r in radios]
     until(lambda: all('no such Crazyradio' in r.telemetry().fault for r in radios), 'the reason')
     assert not [t for t in threading.enumerate() if t.name == 'RadioDriverThread']
