@@ -24,6 +24,7 @@ setup(
     extras_require={'test': ['pytest']},
     entry_points={
         'deqmpc.commands': [
+            'emergency-stop = deqmpc_bringup.emergency_stop:main',
             'fly = deqmpc_bringup.fly:main',
             'fuzz = deqmpc_bringup.fuzz:main',
             'preflight = deqmpc_bringup.preflight:main',
