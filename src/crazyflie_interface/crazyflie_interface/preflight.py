@@ -141,7 +141,9 @@ def _link_quality(k, s, _):
     quality, limit = k.telemetry.link_quality, f'>= {s.preflight_link_quality:g} %'
     if quality is None:
         return k.telemetry.link == 'up', 'this link does not measure it', limit
-    return quality >= s.preflight_link_quality, f'{quality:.0f} %', limit
+    rssi = k.telemetry.link_statistics.rssi_dbm
+    heard = '' if rssi is None else f', {rssi:.0f} dBm at the drone'
+    return quality >= s.preflight_link_quality, f'{quality:.0f} %{heard}', limit
 
 
 def _parameters(k, s, _):

@@ -97,6 +97,32 @@ def test_each_preflight_check_alone_refuses_arming(break_it, word):
     assert 'arm' not in b.commands()
 
 
+def test_a_check_that_fails_between_arming_and_take_off_refuses_the_take_off():
+    b = Bench().step(1.2)
+    b.ask('arm', True).until('armed')
+    del b.reports['recorder']
+    b.step(3.0)
+    assert 'recorder: the recorder node has been silent' in b.refused('takeoff')
+    assert b.manager.phase == 'armed' and 'takeoff' not in b.commands()
+
+
+def test_a_waived_check_arms_and_takes_off_and_every_other_still_counts():
+    b = Bench(changed(preflight_waive='recorder,disk'))
+    b.reports = {n: v for n, v in b.reports.items() if n != 'recorder'}
+    b.step(1.2).volts = 3.5
+    assert b.refused('arm', True).startswith('battery: 3.50 V')
+    b.volts = 4.1
+    b.holding()
+
+
+def test_reading_the_preflight_table_changes_nothing_and_a_refused_request_resets_the_estimator():
+    b = Bench().step(1.2)
+    b.radio.telemetry.side_effect = lambda: dataclasses.replace(
+        Bench._telemetry(b), position=b.position + [0.06, 0, 0])
+    assert not all(c.passed for c in b.manager.preflight(b.now)) and b.commands() == []
+    assert 'resets the estimator' in b.manager.try_preflight(b.now).message and b.commands() == ['reset_estimator']
+
+
 def test_arming_needs_mocap_poses_at_their_rate():
     b = Bench()
     b._report()

@@ -34,11 +34,11 @@ class Drone:
 
     def __init__(self):
         self.position, self.bits = np.array([0.0, 0.0, 0.02]), radio.CAN_ARM
-        self.link = 'up'
+        self.link, self.volts = 'up', 4.1
         self.radio = create_autospec(Radio, instance=True)
         self.radio.set_and_check_parameters.return_value = ()
         self.radio.telemetry.side_effect = lambda: Telemetry(
-            link=self.link, stamp=time.monotonic(), battery_v=4.1, supervisor=self.bits,
+            link=self.link, stamp=time.monotonic(), battery_v=self.volts, supervisor=self.bits,
             position=self.position.copy(), yaw=0.0, variance=np.zeros(3), parameter_faults=())
         self.radio.arm.side_effect = self.arm
         self.radio.takeoff.side_effect = lambda height, _: self.position.__setitem__(2, height)
@@ -161,6 +161,23 @@ def test_an_exception_in_a_tick_still_lands_the_drone_before_closing(graph):
     assert graph.drone.position[2] == 0.0
     assert calls.index('land') < calls.index('close') and calls[-1] == 'close'
     assert graph.drone.radio.arm.call_args.args == (False,)
+
+
+def test_the_preflight_service_names_what_failed_and_the_whole_table_is_on_diagnostics(graph):
+    graph.until(lambda: graph.call('preflight').success)
+    table, kept = {}, graph.keep
+    kept.append(subscription(graph.client, interface.DIAGNOSTICS, 'cf1', lambda m: table.update(
+        {d.name: d for d in interface.read_diagnostics(m) if d.name.startswith('cf1/preflight/')})))
+    graph.drone.volts = 3.5
+    answer = graph.call('preflight')
+    assert not answer.success and answer.message.startswith('battery: 3.50 V, needs > 3.8 V (change')
+    assert answer.message in graph.call('arm', True).message
+    graph.until(lambda: table and table['cf1/preflight/battery'].level == interface.ERROR)
+    assert [n.split('/')[2] for n in table] == list(interface.PREFLIGHT_CHECKS)
+    assert all(tuple(d.values) == interface.PREFLIGHT_KEYS for d in table.values())
+    assert table['cf1/preflight/battery'].values['passed'] == 'False'
+    graph.drone.volts = 4.1
+    graph.until(lambda: table['cf1/preflight/battery'].level == interface.OK)
 
 
 def test_refusals_come_back_through_the_service_with_their_reason(graph):
