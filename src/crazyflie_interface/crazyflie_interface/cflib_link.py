@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import socket
@@ -63,6 +64,7 @@ _URIS = (
 )
 _logger = logging.getLogger(__name__)
 _preparing = threading.Lock()
+_logged: dict[str, float] = {}  # template of a record of cflib -> steady time (s) it was last let through
 
 
 class LinkError(Exception):
@@ -195,10 +197,21 @@ def _told_by_us(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(('Got link error callback', "Couldn't load link driver"))
 
 
+def _seldom(record: logging.LogRecord) -> bool:
+    """At most one record a second of a kind: a drone that sends nonsense must not fill the disk."""
+    now = time.monotonic()
+    if now - _logged.get(record.msg, -math.inf) < 1.0:
+        return False
+    _logged[record.msg] = now
+    return True
+
+
 def prepare_cflib() -> None:
     """Our UDP link and dongle, and no stack traces in the log for errors that RadioError explains."""
     with _preparing:
         logging.getLogger('cflib.crazyflie').addFilter(_told_by_us)
+        for name in ('cflib.crazyflie', 'cflib.crazyflie.log'):
+            logging.getLogger(name).addFilter(_seldom)
         logging.getLogger('cflib.crazyflie.toccache').setLevel(logging.ERROR)
         cflib.crtp.radiodriver.Crazyradio = SteadyCrazyradio
         if not cflib.crtp.CLASSES:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 import itertools
+import logging
 import math
 import socket
 import struct
@@ -18,9 +19,10 @@ from cflib.crazyflie.param import Param
 from cflib.crazyflie.supervisor import Supervisor
 from cflib.crtp.udpdriver import UdpDriver
 
-from crazyflie_interface import cflib_link, cflib_radio
+from crazyflie_interface import cflib_link, cflib_radio, link_meter
 from crazyflie_interface.cflib_link import ResendingUdp, check_uri, explain
 from crazyflie_interface.cflib_radio import LOG_BLOCKS, CflibRadio, Outbox
+from crazyflie_interface.link_meter import LinkMeter
 from crazyflie_interface.radio import Radio, RadioError
 from crazyflie_interface.setpoint import Setpoint
 from crazyflie_interface.settings import RadioSettings
@@ -115,6 +117,15 @@ def test_cflib_uses_the_udp_link_that_resends():
     cflib_link.prepare_cflib()
     assert cflib.crtp.CLASSES.count(ResendingUdp) == 1 and UdpDriver not in cflib.crtp.CLASSES
     assert ResendingUdp().needs_resending is True
+
+
+def test_cflib_complains_of_the_same_thing_once_a_second(caplog, monkeypatch):
+    cflib_link.prepare_cflib()
+    monkeypatch.setattr(cflib_link, '_logged', {})
+    for port in range(50):
+        logging.getLogger('cflib.crazyflie').error('nonsense on port %d', port)
+    logging.getLogger('cflib.crazyflie').error('other nonsense')
+    assert [r.getMessage() for r in caplog.records] == ['nonsense on port 0', 'other nonsense']
 
 
 def test_log_blocks_fit_into_their_packets():
@@ -270,6 +281,41 @@ def test_telemetry_is_in_si_units_and_stamped_with_our_clock(linked):
     assert (t.stamp, t.battery_v, t.supervisor, t.yaw) == (12.5, 4.1, 9, math.pi / 2)
     np.testing.assert_array_equal(t.position, [1, 2, 3])
     np.testing.assert_array_equal(t.variance, [1e-4, 2e-4, 3e-4])
+
+
+def test_pings_go_out_at_their_period_and_their_round_trips_and_losses_are_counted():
+    meter, t, sent = LinkMeter(), 0.0, []
+    while t < 30.0:
+        payload = meter.ping(t)
+        if payload is not None:
+            sent.append(t)
+            if len(sent) % 4:  # every fourth is lost
+                meter.on_echo(payload, t + 0.010)
+                meter.on_echo(payload, t + 0.2)  # twice, as after a resend: the first counts
+        t += 0.05
+    assert len(sent) == pytest.approx(30.0 / link_meter.PERIOD, abs=2)
+    s = meter.statistics(reconnects=3)
+    assert s.latency == pytest.approx(0.010) and s.pings_lost == pytest.approx(0.25, abs=0.06)
+    assert s.reconnects == 3 and len(meter._waiting) <= 3
+
+
+@pytest.mark.parametrize('payload', [b'', b'\x01', b'\x00' + bytes(8), struct.pack('<Bd', 1, math.nan),
+                                     struct.pack('<Bd', 1, 1e300), bytes(30)])
+def test_an_echo_that_is_not_ours_changes_nothing(payload):
+    meter = LinkMeter()
+    meter.ping(0.0)
+    meter.on_echo(payload, 0.01)
+    assert meter.statistics() == LinkMeter().statistics()
+
+
+def test_what_cflib_counts_is_given_in_the_units_of_the_status():
+    meter = LinkMeter()
+    for name, value in (('link_quality', 85.0), ('uplink_rssi', 52), ('uplink_rate', 300.0),
+                        ('uplink_congestion', 0.4)):
+        meter.on_radio(name, value)
+    s = meter.statistics()
+    assert (meter.quality, s.retries, s.rssi_dbm, s.uplink_hz, s.uplink_use) == (85.0, 1.5, -52.0, 300.0, 0.4)
+    assert s.downlink_hz is None and s.latency is None and s.pings_lost is None
 
 
 class Parameters:
