@@ -6,6 +6,14 @@ with p_j, v_j its newest odometry, of the instant t_j. The drone that plans is a
 two centres beside each other. Above and below it is r + d, because a drone in the downwash of another sinks; between
 the spheres the column narrows to sqrt(r^2 - d^2 / 4).
 
+Two drones that meet head on see the same and wait for the other to turn, so a policy is shown each column a second
+time, to the left of the first by a as seen from itself:
+
+  + a e_z x d / |d|,   d the horizontal way from the drone that plans to drone j
+
+Right is then the shorter way round for both, as in the rules of the air (ICAO Annex 2, 3.2.2.2). What a plan is judged
+by is the first column alone.
+
 Source of the distances: Hoenig et al., Trajectory Planning for Quadrotor Swarms, IEEE T-RO 34(4), 2018, keep two
 Crazyflies 0.24 m apart beside and 0.60 m above each other (ellipsoids of 0.12, 0.12, 0.30 m around each).
 """
@@ -27,12 +35,15 @@ class ColumnSettings:
 
     radius: float = 0.25  # m, r: least distance of two centres beside each other
     spacing: float = 0.35  # m, d: between the centres of its spheres, at most sqrt(3) r
+    aside: float = 0.15  # m, a: of the second column that a policy is shown; 0: none
 
     def __post_init__(self):
         # At sqrt(3) r the waist is r / 2; a Crazyflie with its propellers reaches 0.07 m from its centre.
         if not 0.0 < self.radius < math.inf or not 0.0 <= self.spacing <= math.sqrt(3.0) * self.radius:
             raise ValueError(f'column of radius {self.radius} m and spacing {self.spacing} m: expected a radius > 0 '
                              'and a spacing from 0 to sqrt(3) radius')
+        if not 0.0 <= self.aside < math.inf:
+            raise ValueError(f'column with a second one {self.aside} m aside: expected a number >= 0')
 
 
 class Neighbours:
@@ -57,14 +68,23 @@ class Neighbours:
                 return f'odometry of {name} is {now - state.stamp:.2f} s old, limit {max_age:g} s'
         return ''
 
-    def join(self, field: Obstacles, now: float) -> Obstacles:
-        """`field` and the columns of all drones heard so far, moved to `now` (s)."""
+    def join(self, field: Obstacles, now: float, seen_from: np.ndarray | None = None) -> Obstacles:
+        """`field` and the columns of all drones heard so far, moved to `now` (s); given the position (3,) that a policy
+        plans from, with the second columns."""
         states = [s for s in self._states.values() if s is not None]
         if not states:
             return field
+        feet = [(s.position + (now - s.stamp) * s.velocity, s.velocity) for s in states]
+        if seen_from is not None and self.settings.aside > 0.0:
+            feet += [(p + self.settings.aside * _left(p - seen_from), v) for p, v in feet]
         levels = np.array([[0.0, 0.0, k * self.settings.spacing] for k in (-1, 0, 1)])
-        centres = [s.position + (now - s.stamp) * s.velocity + levels for s in states]
         field = field.at(now)
-        return Obstacles(now, np.concatenate([field.position, *centres]),
-                         np.append(field.radius, np.full(3 * len(states), self.settings.radius)),
-                         np.concatenate([field.velocity, *(np.tile(s.velocity, (3, 1)) for s in states)]))
+        return Obstacles(now, np.concatenate([field.position, *(p + levels for p, _ in feet)]),
+                         np.append(field.radius, np.full(3 * len(feet), self.settings.radius)),
+                         np.concatenate([field.velocity, *(np.tile(v, (3, 1)) for _, v in feet)]))
+
+
+def _left(way: np.ndarray) -> np.ndarray:
+    """The horizontal unit vector (3,) to the left of `way` (3,); 0 where that is vertical."""
+    length = math.hypot(way[0], way[1])
+    return np.array([-way[1], way[0], 0.0]) / length if length > 1e-3 else np.zeros(3)

@@ -40,6 +40,25 @@ def test_the_virtual_field_comes_along_and_moves_to_the_same_instant():
     assert joined.position[0] == pytest.approx([0.1, 0.0, 1.0]) and len(joined.radius) == 4
 
 
+@pytest.mark.parametrize('bearing', [0.0, 1.0, 2.5, -1.5])
+def test_two_drones_that_meet_both_find_the_way_on_their_right_shorter(bearing):
+    here, there = np.array([0.0, 0.0, 1.0]), np.array([math.cos(bearing), math.sin(bearing), 1.0])
+    for own, other in ((here, there), (there, here)):
+        others = Neighbours(['cf2'])
+        others.on_odometry('cf2', state(position=other, velocity=own - other))
+        shown = others.join(Obstacles.none(), 10.0, seen_from=own)
+        right = np.array([other[1] - own[1], own[0] - other[0], 0.0])
+        assert shown.clearance(other + 0.4 * right)[0] > shown.clearance(other - 0.4 * right)[0] + 0.1
+        assert len(shown.radius) == 6
+
+
+def test_a_drone_straight_above_is_shown_once_more_where_it_is():
+    others = Neighbours(['cf2'])
+    others.on_odometry('cf2', state(position=(0.0, 0.0, 2.0)))
+    shown = others.join(Obstacles.none(), 10.0, seen_from=np.array([0.0, 0.0, 1.0]))
+    assert np.isfinite(shown.position).all() and shown.position[:3] == pytest.approx(shown.position[3:])
+
+
 def test_a_neighbour_that_is_silent_or_unheard_is_a_fault_that_names_it():
     others = Neighbours(['cf2', 'cf3'])
     assert others.fault(10.0, 0.5) == 'no odometry of cf2 yet'

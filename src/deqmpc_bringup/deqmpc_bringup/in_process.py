@@ -158,7 +158,10 @@ class InProcessGraph:
             heapq.heappop(self._queue)[2]()
 
     def on_neighbour(self, name: str, state: RigidBodyState) -> None:
-        """Odometry of another drone of a fleet, as the policy node hears it."""
+        """Odometry of another drone of a fleet, as policy and recorder hear it."""
+        if self._bag is not None:
+            message = interface.odometry_message(self._types, state, name)
+            self._bag.write_message(interface.ODOM, name, self.now, message)
         self._loop.neighbours.on_odometry(name, state)
 
     def close(self) -> None:

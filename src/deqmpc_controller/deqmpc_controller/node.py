@@ -35,6 +35,8 @@ class Settings:
     neighbours: list[str] = parameter([], 'other robots to keep away from, by their odometry')
     neighbour_radius: float = parameter(0.25, 'least distance of two drones beside each other (m)', 0.05, 5.0)
     neighbour_spacing: float = parameter(0.35, 'as much more above each other, for the downwash (m)', 0.0, 5.0)
+    neighbour_aside: float = parameter(0.15, 'how far to their left neighbours also appear to the policy, so that all '
+                                       'give way to the right (m)', 0.0, 5.0)
     max_residual: float = parameter(0.02, 'largest constraint violation of a plan that is flown', 0.0, 10.0)
     fence_low: list[float] = parameter([-2.5, -2.5, 0.0], 'lower corner of the fence (m)', -100.0, 100.0)
     fence_high: list[float] = parameter([2.5, 2.5, 2.5], 'upper corner of the fence (m)', -100.0, 100.0)
@@ -83,9 +85,9 @@ def policy_loop(s: Settings, where: str) -> PolicyLoop:
 
 def _neighbours(s: Settings, where: str) -> Neighbours:
     try:
-        return Neighbours(s.neighbours, ColumnSettings(s.neighbour_radius, s.neighbour_spacing))
+        return Neighbours(s.neighbours, ColumnSettings(s.neighbour_radius, s.neighbour_spacing, s.neighbour_aside))
     except ValueError as error:
-        raise SettingsError(f'{where}: parameters neighbour_radius, neighbour_spacing: {error}') from error
+        raise SettingsError(f'{where}: parameters neighbour_*: {error}') from error
 
 
 class PolicyNode(Node):

@@ -116,14 +116,14 @@ class PolicyLoop:
         if reason:
             self._warm_start = None
             return Tick(self._number, None, reason, 'not run', 0.0, 0, float('nan'), self._misses, due)
-        obstacles = self.neighbours.join(self._obstacles, now)
+        shown = self.neighbours.join(self._obstacles, now, seen_from=self._state.position)
         begin = self._clock()
-        plan, warm_start, status = self.policy.plan(self._state, obstacles, self._warm_start)
+        plan, warm_start, status = self.policy.plan(self._state, shown, self._warm_start)
         solve_time = self._clock() - begin
         if solve_time > self._settings.period:
             self._misses += 1
-        gate = (status.message if plan is None
-                else judge(plan, status, self._state, obstacles, self._gate))
+        gate = (status.message if plan is None else
+                judge(plan, status, self._state, self.neighbours.join(self._obstacles, now), self._gate))
         accepted = gate == ACCEPTED
         self._warm_start = warm_start if accepted else None
         return Tick(self._number, plan if accepted else None, gate, status.message, solve_time,

@@ -31,6 +31,7 @@ class RecorderSettings:
 
     bag_path: str = ros.parameter('', 'Folder of the bag; must not exist. Empty: runs/<date>_<robot>')
     metadata: list[str] = ros.parameter([], 'Kept with the bag: "key=value", such as seed=3, policy=mpc_only')
+    neighbours: list[str] = ros.parameter([], 'Other robots whose odometry is recorded too: the policy hears it')
 
 
 def read_metadata(where: str, entries: list[str]) -> dict[str, str]:
@@ -60,13 +61,14 @@ class Recorder(Node):
         self._flight = ros.FlightWatch(self, self.robot)
         self.failure = ''
         self.diagnostics = ros.publisher(self, interface.DIAGNOSTICS, self.robot)
-        self.subscribers = [self._subscribe(topic) for topic in interface.RECORDED]
+        self.subscribers = [*(self._subscribe(topic, self.robot) for topic in interface.RECORDED),
+                            *(self._subscribe(interface.ODOM, name) for name in settings.neighbours)]
         self.create_timer(FLUSH_SECONDS, self._flush)
         self.create_timer(1.0, self._report)
         self.get_logger().info(f'recording {len(self.subscribers)} topics of {self.robot} to {path}')
 
-    def _subscribe(self, topic: interface.Topic):
-        name = topic.resolve(self.robot)
+    def _subscribe(self, topic: interface.Topic, robot: str):
+        name = topic.resolve(robot)
 
         def record(data: bytes) -> None:
             if not self.failure:
@@ -74,7 +76,7 @@ class Recorder(Node):
                     self.writer.write(name, topic.type, self.get_clock().now().nanoseconds, data, topic)
                 except OSError as error:
                     self._fail(error)
-        return ros.subscription(self, dataclasses.replace(topic, depth=QUEUE), self.robot, record, raw=True)
+        return ros.subscription(self, dataclasses.replace(topic, depth=QUEUE), robot, record, raw=True)
 
     def _fail(self, error: OSError) -> None:
         # A full disk must not stop a flight: say so, go on spinning, and end with status 1.

@@ -50,10 +50,12 @@ def restamp(data: bytes, type_name: str, shift: int) -> bytes:
 
 
 def robot_in(path: str | Path, topics: Collection[str]) -> str:
-    """The one robot whose topics a bag holds. BagError when there is none, or more than one."""
+    """The one robot whose topics a bag holds; of the others of a fleet it holds the odometry alone. BagError when there
+    is none, or more than one."""
     known = {t.name for t in interface.RECORDED if not t.name.startswith('/')}
-    robots = sorted({name.split('/')[1] for name in topics
-                     if name.count('/') == 2 and name.split('/')[2] in known})
+    of_robots = [name.split('/')[1:] for name in topics if name.count('/') == 2 and name.split('/')[2] in known]
+    robots = sorted({robot for robot, topic in of_robots if topic != interface.ODOM.name}
+                    or {robot for robot, _ in of_robots})
     if len(robots) != 1:
         raise BagError(f'{path}: expected the topics of one robot (/cf1/pose ...), found robots {robots} '
                        f'in topics {sorted(topics)}')
