@@ -2,6 +2,7 @@
 """Every check of the preflight passes in a sound lab, and fails alone where its one cause is injected."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from crazyflie_interface import preflight, radio
 from crazyflie_interface.preflight import Heard, Known, PoseWindow, checks, refusal
 from crazyflie_interface.radio import Telemetry
-from crazyflie_interface.settings import FlightSettings
+from crazyflie_interface.settings import FlightSettings, PreflightSettings
 from deqmpc import interface
 from deqmpc.dynamics import rotation
 from deqmpc.interface import Diagnostic
@@ -208,3 +209,13 @@ def test_checks_read_no_clock_and_change_nothing(monkeypatch):
     monkeypatch.setattr('time.time', None)
     first = checks(SOUND, S, 'cf1')
     assert checks(SOUND, S, 'cf1') == first and isinstance(first[0], preflight.Check)
+
+
+def test_the_readme_lists_every_check_and_every_parameter_of_the_preflight_with_its_default():
+    readme = (Path(__file__).parents[1] / 'README.md').read_text()
+    checks_table = readme.split('## Preflight')[1].split('\n## ')[0]
+    assert [n for n in interface.PREFLIGHT_CHECKS if f'`{n}`' not in checks_table] == []
+    rows = {r.split('`')[1]: r.split('|')[2].strip() for r in readme.split('## Parameters')[1].splitlines()
+            if r.startswith('| `')}
+    for field in dataclasses.fields(PreflightSettings):
+        assert rows[field.name].strip("'").lower() == str(field.default).lower(), field.name
