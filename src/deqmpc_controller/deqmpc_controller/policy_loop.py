@@ -14,6 +14,8 @@ from deqmpc.policies.base import Policy
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 from deqmpc_controller.plan_gate import ACCEPTED, GateSettings, judge
 
+OVERTAKEN = 1.0  # s; no message is overtaken by another that was sent so much later
+
 
 @dataclass(frozen=True)
 class LoopSettings:
@@ -72,8 +74,9 @@ class PolicyLoop:
         self._due = -float('inf')
 
     def on_odometry(self, state: RigidBodyState) -> None:
-        """Newest state; one older than what is held is ignored."""
-        if self._state is None or state.stamp >= self._state.stamp:
+        """Newest state; one that was overtaken on its way is ignored. A stamp further back than OVERTAKEN is that of
+        a clock that was set."""
+        if self._state is None or not 0.0 < self._state.stamp - state.stamp < OVERTAKEN:
             self._state = state
 
     def on_obstacles(self, obstacles: Obstacles) -> None:
@@ -140,6 +143,8 @@ class PolicyLoop:
         age = now - self._state.stamp
         if age > s.max_state_age:
             return f'odometry is {age:.2f} s old, limit {s.max_state_age:g} s'
+        if age < -s.max_state_age:
+            return f'odometry is stamped {-age:.2f} s ahead, limit {s.max_state_age:g} s: was a clock set?'
         if self._obstacles.velocity.any() and now - self._obstacles.stamp > s.max_obstacle_age:
             return (f'moving obstacles are {now - self._obstacles.stamp:.2f} s old, '
                     f'limit {s.max_obstacle_age:g} s')

@@ -80,6 +80,16 @@ def test_a_refused_plan_is_not_flown_and_does_not_seed_the_next(loop):
     assert loop.policy.warm_starts == [None, None]
 
 
+@pytest.mark.parametrize('step', [-3600.0, -1.5, 1.5, 3600.0])
+def test_a_clock_that_is_set_stops_the_plans_until_odometry_carries_the_new_time_and_no_longer(loop, step):
+    loop.on_obstacles(Obstacles.none())
+    loop.on_odometry(state(5000.0))
+    assert loop.tick(5000.0).plan is not None
+    assert loop.tick(5000.1 + step).plan is None
+    loop.on_odometry(state(5000.2 + step))
+    assert loop.tick(5000.2 + step).gate == ACCEPTED
+
+
 def test_older_odometry_never_replaces_newer(loop):
     loop.on_odometry(state(1.0))
     loop.on_odometry(state(0.5))
