@@ -123,7 +123,7 @@ class PreflightSettings:
     preflight_latency: float = parameter(
         0.03, 'Largest median age (s) of a mocap pose on arrival, since its exposure.', 0.001, 0.5)
     preflight_link_quality: float = parameter(
-        80.0, 'Lowest link quality (percent: 100 less 10 for each retransmission a packet), where the link measures it.',
+        80.0, 'Lowest link quality (percent: 100 less 10 for each retry a packet), where the link measures it.',
         0.0, 100.0)
     preflight_clearance: float = parameter(
         0.05, 'Least distance (m) of the take-off path to the surface of a virtual sphere.', -10.0, 2.0)
