@@ -714,7 +714,7 @@ class FlightManager:
             return interface.ERROR, self.reason
         warnings = [self.reason] if self.reason else []
         if telemetry.link != 'up':
-            warnings.append(f'radio link is {telemetry.link}')
+            warnings.append(f'radio link is {telemetry.link}{": " + telemetry.fault if telemetry.fault else ""}')
         if telemetry.battery_v is not None and telemetry.battery_v < s.battery_warn:
             warnings.append(f'battery {telemetry.battery_v:.2f} V, below {s.battery_warn} V')
         if self._pose_age(now) >= s.pose_warn:
