@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 
-from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 
 from crazyflie_interface.cflib_radio import CflibRadio
@@ -23,7 +22,7 @@ from deqmpc import interface
 from deqmpc.dynamics import rotation
 from deqmpc.types import Obstacles
 from deqmpc_ros.messages import TYPES, message_class
-from deqmpc_ros.node import SettingsError, declare, now, publisher, robot_name, run, subscription
+from deqmpc_ros.node import SettingsError, declare, now, publisher, robot_name, run, steady_timer, subscription
 
 STATUS_TICKS = 5  # 10 Hz
 DIAGNOSTICS_TICKS = 50  # 1 Hz
@@ -35,13 +34,15 @@ class CrazyflieInterface(Node):
     """Ends with exit status 1 when the drone cannot be reached. One that is lost later is looked for again
     once disarmed."""
 
+    SETTINGS = Settings  # the dataclass of its parameters
+
     def __init__(self, radio: Radio | None = None, **node_options):
         super().__init__('crazyflie_interface', **node_options)
         self.finished, self.exit_status = False, 0
         self.robot = robot_name(self)
-        self.settings = declare(self, Settings)
+        self.settings = declare(self, self.SETTINGS)
         try:
-            self.radio = radio or CflibRadio(self.settings, time.monotonic)
+            self.radio = radio or self.make_radio()
         except RadioError as error:
             raise SettingsError(f'{self.get_fully_qualified_name()}: {error}') from error
         self.manager = FlightManager(self.radio, self.settings, self.robot)
@@ -62,12 +63,15 @@ class CrazyflieInterface(Node):
         self._requests = [
             self.create_service(message_class(kind), name, getattr(self, f'_on_{name}'))
             for name, kind in interface.SERVICES.items()]
-        # A timer of the ROS clock would stop for as long as somebody sets the system's clock back.
-        self._timer = self.create_timer(TICK, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._timer = steady_timer(self, TICK, self._tick)
         # Connecting takes seconds and may fail, so it has a thread; the executor is free to stop meanwhile.
         self._start_connecting()
 
     # --- radio ------------------------------------------------------------------------------------
+
+    def make_radio(self) -> Radio:
+        """The link to the drone. RadioError where it cannot be had."""
+        return CflibRadio(self.settings, time.monotonic)
 
     def _start_connecting(self):
         self._connecting = threading.Thread(target=self._connect, name='radio_connect', daemon=True)

@@ -15,7 +15,17 @@ from deqmpc.policies.base import POLICIES, load_policy
 from deqmpc_controller.plan_gate import ACCEPTED, GateSettings
 from deqmpc_controller.policy_loop import LoopSettings, PolicyLoop
 from deqmpc_ros.messages import TYPES
-from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run, subscription
+from deqmpc_ros.node import (
+    SettingsError,
+    declare,
+    now,
+    parameter,
+    publisher,
+    robot_name,
+    run,
+    steady_timer,
+    subscription,
+)
 
 FILES = {'model', 'airframe'}  # settings of policies that name a file or folder
 
@@ -112,7 +122,7 @@ class PolicyNode(Node):
                 name, interface.read_odometry(msg)))
         self._refusal = ''
         self.priority = s.priority  # read by run()
-        self.create_timer(1.0 / s.rate, self._tick)
+        steady_timer(self, 1.0 / s.rate, self._tick)
         self.get_logger().info(f'{self._name}: {1e3 * warm:.1f} ms a plan when warm, '
                                f'{s.rate:g} Hz, goal {s.goal}')
 

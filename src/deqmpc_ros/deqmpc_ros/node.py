@@ -19,17 +19,19 @@ from typing import TypeVar, get_type_hints
 
 import rclpy
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
+from rclpy.clock import Clock, ClockType
 from rclpy.experimental import EventsExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
+from rclpy.timer import Timer
 
 from deqmpc.interface import STATUS, Topic, read_diagnostics
 from deqmpc_ros.messages import message_class
 from deqmpc_ros.settings import SettingsError, constraints, from_values, parameter
 
 __all__ = ['FlightWatch', 'SettingsError', 'declare', 'now', 'parameter', 'publisher', 'qos', 'robot_name',
-           'run', 'subscription']
+           'run', 'steady_timer', 'subscription']
 
 S = TypeVar('S')
 
@@ -104,7 +106,6 @@ class FlightWatch:
 
     def __init__(self, node: Node, robot: str, silence: float = 1.0):
         """Subscribe to the status of `robot`; after `silence` s without one nobody holds the drone."""
-        self._node = node
         self._name = f'{robot}/flight'
         self._silence = silence
         self._in_air = False
@@ -115,11 +116,17 @@ class FlightWatch:
         for status in read_diagnostics(msg):
             if status.name == self._name:
                 self._in_air = status.values.get('phase') in self.IN_AIR
-                self._heard = now(self._node)
+                self._heard = time.monotonic()
 
     def in_air(self) -> bool:
         """True while the last status is fresh and its phase is one of `IN_AIR`."""
-        return self._in_air and now(self._node) - self._heard < self._silence
+        return self._in_air and time.monotonic() - self._heard < self._silence
+
+
+def steady_timer(node: Node, period: float, callback: Callable) -> Timer:
+    """A timer every `period` (s) of a clock that nobody sets. One of the ROS clock stands still for as long as the
+    system's clock is set back."""
+    return node.create_timer(period, callback, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
 
 def now(node: Node) -> float:

@@ -16,7 +16,17 @@ from rclpy.node import Node
 
 from deqmpc import interface
 from deqmpc_ros.messages import TYPES
-from deqmpc_ros.node import FlightWatch, SettingsError, declare, now, parameter, publisher, robot_name, run
+from deqmpc_ros.node import (
+    FlightWatch,
+    SettingsError,
+    declare,
+    now,
+    parameter,
+    publisher,
+    robot_name,
+    run,
+    steady_timer,
+)
 from mocap_bridge.bridge import UP_AXES, Bridge, HealthSettings
 from mocap_bridge.client import NatNetClient
 from mocap_bridge.odometry import OdometrySettings
@@ -91,7 +101,7 @@ class MocapBridge(Node):
         self._flight = FlightWatch(self, self.robot)
         self._lock = threading.Lock()  # between the receiving thread and the report
         self._stop = threading.Event()
-        self.create_timer(1.0, self._report)
+        steady_timer(self, 1.0, self._report)
         self._thread = threading.Thread(target=self._receive, name='natnet', daemon=True)
         self._thread.start()
 
