@@ -70,7 +70,7 @@ step "Python packages beside ROS 2, in .venv"
 run /usr/bin/python3 -m venv --system-site-packages .venv
 run .venv/bin/python -m pip install --quiet --constraint scripts/lab_constraints.txt setuptools wheel
 run .venv/bin/python -m pip install --quiet --constraint scripts/lab_constraints.txt \
-    torch==2.13.0 safetensors pyyaml tqdm sympy matplotlib 'rosbags>=0.11' 'mcap>=1.6' lz4 'natnet>=0.3,<0.4' \
+    torch==2.13.0 safetensors pyyaml tqdm sympy matplotlib 'rosbags>=0.11' 'mcap>=1.6' lz4 'plotly>=6' 'natnet>=0.3,<0.4' \
     pyusb libusb-package packaging scipy
 # cflib asks for NumPy 2 but runs on 1.26 (its tests here do); with its dependencies pip would shadow apt's NumPy.
 run .venv/bin/python -m pip install --quiet --no-deps cflib==0.1.34
