@@ -19,6 +19,7 @@ setup(
     entry_points={
         'console_scripts': [
             'crazyflie_interface_node = crazyflie_interface.node:main',
+            'crazyswarm2_interface_node = crazyflie_interface.crazyswarm2:main',
         ],
     },
     zip_safe=True,

@@ -136,6 +136,22 @@ def test_a_firmware_parameter_that_nobody_would_set_is_refused(tmp_path):
         compose('hardware', {'fleet': str(file)})
 
 
+def test_beside_crazyswarm2_every_node_keeps_off_the_names_of_its_server():
+    rows = {r.label: r for r in compose('hardware', {'robot': 'cf231', 'interface': 'crazyswarm2'})}
+    assert {r.namespace for r in rows.values()} == {'/cf231_deqmpc'}
+    assert rows['crazyflie_interface'].executable == 'crazyswarm2_interface_node'
+    assert 'crazyflie:="cf231"' in rows['crazyflie_interface'].ros_arguments
+    assert 'body_name:="cf231"' in rows['mocap_bridge'].ros_arguments
+    fleet = by_label('hardware', interface='crazyswarm2')
+    assert 'neighbours:=["cf2_deqmpc"]' in fleet['cf1_deqmpc.policy'].ros_arguments
+    assert 'crazyflie:="cf2"' in fleet['cf2_deqmpc.crazyflie_interface'].ros_arguments
+
+
+def test_a_firmware_parameter_is_left_to_crazyswarm2_where_its_server_flies(tmp_path):
+    file = changed(tmp_path, 'all.firmware_params.kalman', {'pNAcc_xy': 1.0})
+    assert compose('hardware', {'fleet': str(file), 'interface': 'crazyswarm2'})
+
+
 def test_a_fleet_file_that_is_not_there_is_named():
     with pytest.raises(CompositionError, match='fleet file /nowhere.yaml: No such file'):
         compose('sim', {'fleet': '/nowhere.yaml'})
