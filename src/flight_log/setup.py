@@ -14,8 +14,9 @@ setup(
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),
     ],
-    install_requires=['numpy', 'pyyaml', 'rosbags>=0.11', 'mcap>=1.6', 'lz4', 'matplotlib', 'tqdm'],
-    extras_require={'test': ['pytest']},
+    package_data={'flight_log': ['web/*']},
+    install_requires=['numpy', 'pyyaml', 'rosbags>=0.11', 'mcap>=1.6', 'lz4', 'matplotlib', 'tqdm', 'plotly>=6'],
+    extras_require={'test': ['pytest'], 'table': ['pyarrow']},
     entry_points={
         'console_scripts': [
             'recorder_node = flight_log.recorder_node:main',

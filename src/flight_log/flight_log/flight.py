@@ -16,6 +16,7 @@ from flight_log.replay import robot_in
 
 _READ = (interface.POSE, interface.ODOM, interface.OBSTACLES, interface.PLAN, interface.SETPOINT,
          interface.STATUS, interface.DIAGNOSTICS)
+_TICK_KEYS = ('tick', 'solve_ms', 'tick_ms', 'latency_ms', 'deadline_misses', 'iterations', 'residual')
 _NUMBERS = (cdr.POSE, cdr.ODOM, cdr.PLAN)  # types that are read in bulk
 
 # Stamps that are further than this (s) from the log times come from another clock than the recorder's,
@@ -61,12 +62,15 @@ class Ticks:
     tick_ms: np.ndarray  # (N,) the instant the tick was due to plan published
     latency_ms: np.ndarray  # (N,) odometry stamp to plan published
     deadline_misses: np.ndarray  # (N,) counter
+    iterations: np.ndarray  # (N,) of the solver
+    residual: np.ndarray  # (N,) of the solver
     gate: list[str]
 
     def between(self, start: float, end: float) -> Ticks:
         """The ticks with start <= t < end."""
         keep = (self.t >= start) & (self.t < end)
-        arrays = (self.t, self.number, self.solve_ms, self.tick_ms, self.latency_ms, self.deadline_misses)
+        arrays = (self.t, self.number, self.solve_ms, self.tick_ms, self.latency_ms, self.deadline_misses,
+                  self.iterations, self.residual)
         return Ticks(*(a[keep] for a in arrays), [g for g, k in zip(self.gate, keep, strict=True) if k])
 
 
@@ -140,7 +144,7 @@ class _Read:
 
     def __init__(self, robot: str, names: dict[str, interface.Topic], messages):
         self.states = {t: _Gather(14) for t in (interface.ODOM, interface.POSE, interface.SETPOINT)}
-        self.ticks, self.plans = _Gather(6), []
+        self.ticks, self.plans = _Gather(1 + len(_TICK_KEYS)), []
         self.status: list[tuple[float, FlightStatus]] = []
         self.gates: list[str] = []
         self.fields: list[tuple[float, Obstacles]] = []
@@ -170,8 +174,7 @@ class _Read:
                     d.stamp, v.get('phase', ''), v.get('guard', ''), v.get('reason', ''),
                     _number(v.get('battery_v')), _bits(v.get('supervisor')))))
             elif d.name == f'{self._robot}/policy':
-                self.ticks.add(log, np.array([d.stamp, *(_number(v.get(k)) for k in (
-                    'tick', 'solve_ms', 'tick_ms', 'latency_ms', 'deadline_misses'))]))
+                self.ticks.add(log, np.array([d.stamp, *(_number(v.get(k)) for k in _TICK_KEYS)]))
                 self.gates.append(v.get('gate', ''))
 
     def _numbers(self, name, topic, given) -> None:
@@ -224,7 +227,7 @@ def load_flight(path: str | Path, robot: str = '') -> Flight:
         path=Path(path), robot=robot, torn=info.torn, metadata=info.metadata, odom=arrays[interface.ODOM],
         pose=arrays[interface.POSE], setpoint=arrays[interface.SETPOINT],
         status=sorted((s for _, s in status), key=lambda s: s.t),
-        ticks=Ticks(t[:, 0], t[:, 1], t[:, 2], t[:, 3], t[:, 4], t[:, 5], [read.gates[i] for i in order]),
+        ticks=Ticks(*t.T, [read.gates[i] for i in order]),
         plans=Plans(np.array([log for log, _ in read.plans]), [p for _, p in read.plans]),
         spheres=SphereTrack.of([f for _, f in read.fields],
                                [log if use_log or len(f.radius) == 0 else f.stamp for log, f in read.fields]),

@@ -1,9 +1,7 @@
-"""A flight as a picture, several as a web page."""
+"""A flight as a picture, and as an animation."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import math
 from pathlib import Path
@@ -14,22 +12,18 @@ matplotlib.use('Agg')
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib import animation  # noqa: E402
 from matplotlib.colors import LightSource, to_rgb  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 from mpl_toolkits.mplot3d.art3d import Line3DCollection  # noqa: E402
 
 from flight_log import metrics  # noqa: E402
-from flight_log.evaluation import Evaluation, following, summarise, tracking  # noqa: E402
+from flight_log.evaluation import Evaluation, tracking  # noqa: E402
 from flight_log.flight import Flight, FlightStatus  # noqa: E402
-from flight_log.table import (  # noqa: E402
-    OPEN_LOOP_COLUMNS,
-    TRIAL_COLUMNS,
-    label,
-    remarks,
-    rows,
-    summary_text,
-)
+from flight_log.scene import interval, motion, verdict  # noqa: E402
+from flight_log.scene import shown as shown_span  # noqa: E402
+from flight_log.table import label, remarks  # noqa: E402
 
 INK, MUTED, GRID = '#1f2430', '#6b7280', '#e5e7eb'
 AXES = ('#c2410c', '#15803d', '#1d4ed8')  # x, y, z
@@ -43,7 +37,7 @@ STYLE = {'font.size': 9, 'axes.edgecolor': MUTED, 'axes.labelcolor': INK, 'text.
          'axes.titlelocation': 'left', 'legend.frameon': False, 'legend.fontsize': 8}
 ELEVATION, AZIMUTH = 24.0, -58.0  # degrees, of the eye
 MAX_PLANS = 6  # horizons drawn
-MAX_SPAN = 300.0  # s of a long recording drawn around the trial
+FRAMES = 120  # of an animation at most
 
 
 def picture(flight: Flight, evaluation: Evaluation) -> bytes:
@@ -51,7 +45,7 @@ def picture(flight: Flight, evaluation: Evaluation) -> bytes:
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(14, 8.6), dpi=110)
         grid = figure.add_gridspec(5, 1, left=0.575, right=0.985, top=0.82, bottom=0.06, hspace=0.36)
-        start, end = _interval(flight)
+        start, end = interval(flight)
         # The path is drawn over the spheres wherever it runs: it is what the picture is about.
         scene = figure.add_axes((-0.01, 0.10, 0.54, 0.78), projection='3d', computed_zorder=False)
         _scene(scene, flight, evaluation, start, end)
@@ -64,22 +58,11 @@ def picture(flight: Flight, evaluation: Evaluation) -> bytes:
     return out.getvalue()
 
 
-def _interval(flight: Flight) -> tuple[float, float]:
-    """The part of the flight that the scene shows: following, or everything."""
-    interval = following(flight.status)
-    t = (flight.odom if flight.odom.t.size else flight.pose).t
-    return interval[:2] if interval else (float(t[0]), float(t[-1]))
-
-
 def _heading(figure, e: Evaluation) -> None:
-    if e.mode == 'open_loop':
-        verdict, colour = 'open loop', '#1d4ed8'
-    elif e.failure:
-        verdict, colour = e.failure.cause.replace('_', ' '), NEAREST
-    else:
-        verdict, colour = ('success', GOAL) if e.reached_goal else ('finished off the goal', '#b45309')
+    said = verdict(e)
+    colour = NEAREST if e.failure else {'success': GOAL, 'open loop': '#1d4ed8'}.get(said, '#b45309')
     figure.text(0.02, 0.952, label(e), fontsize=15, fontweight='bold')
-    figure.text(0.985, 0.952, verdict, fontsize=15, fontweight='bold', color=colour, ha='right')
+    figure.text(0.985, 0.952, said, fontsize=15, fontweight='bold', color=colour, ha='right')
     facts = [f'{e.steps} steps']
     if math.isfinite(e.total_return):
         facts.append(f'return {e.total_return:.1f} ({100 * e.normalised_return:.1f} % of the maximum)')
@@ -98,7 +81,7 @@ def _heading(figure, e: Evaluation) -> None:
 # --- the scene ----------------------------------------------------------------------------------
 
 def _scene(ax, flight: Flight, e: Evaluation, start: float, end: float) -> None:
-    states = flight.odom if flight.odom.t.size else flight.pose
+    states = motion(flight)
     flown = states.between(start, end)
     before, after = states.between(-math.inf, start), states.between(end, math.inf)
     goal = np.array(e.goal)
@@ -191,10 +174,7 @@ def _box(ax, points) -> None:
 # --- over time ----------------------------------------------------------------------------------
 
 def _time_series(axes, flight: Flight, e: Evaluation, start: float, end: float) -> None:
-    states = flight.odom if flight.odom.t.size else flight.pose
-    awake = next((s.t for s in flight.status if s.phase in PHASE_COLOURS), states.t[0])
-    first = max(states.t[0], start - MAX_SPAN, awake - 1.0)
-    last = min(states.t[-1], end + MAX_SPAN)
+    states, (first, last) = motion(flight), shown_span(flight)
     shown = states.between(first, last)
     t = shown.t - start
     position, distance, clear, tracked, timing = axes
@@ -286,76 +266,40 @@ def _shade(ax, status: list[FlightStatus], start: float) -> list[str]:
     return list(drawn)
 
 
-# --- pages --------------------------------------------------------------------------------------
+# --- animation ----------------------------------------------------------------------------------
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Flight evaluation</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: {ink}; margin: 2rem auto; max-width: 1500px;
-       padding: 0 1rem }}
-table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums }}
-th {{ text-align: right; font-weight: 600; padding: 0 .7em; vertical-align: bottom }}
-th small {{ color: {muted}; font-weight: 400 }}
-td {{ text-align: right; padding: .2em .7em; border-top: 1px solid {grid} }}
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left }}
-img {{ width: 100%; border: 1px solid {grid}; border-radius: 6px }}
-h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1.1rem; margin-top: 2.2rem }}
-.failed {{ color: {red}; font-weight: 600 }} p {{ white-space: pre-line }} .scroll {{ overflow-x: auto }}
-</style></head><body><h1>Flight evaluation</h1>
-{body}
-</body></html>
-"""
-
-
-def _html_table(evaluations: list[Evaluation], columns) -> str:
-    head, units, *body = rows(evaluations, columns)
-    def cell(e, i, text):
-        style = ' class="failed"' if i == 1 and e.failure else ''
-        return f'<td{style}>{html.escape(text)}</td>'
-    lines = [''.join(f'<th>{html.escape(h)}<br><small>{html.escape(u)}</small></th>'
-                     for h, u in zip(head, units, strict=True))]
-    lines += [''.join(cell(e, i, v) for i, v in enumerate(r)) for e, r in zip(evaluations, body, strict=True)]
-    return '<div class="scroll"><table>' + ''.join(f'<tr>{line}</tr>\n' for line in lines) + '</table></div>'
-
-
-def page(evaluations: list[Evaluation], pictures: dict[str, bytes]) -> str:
-    """One web page that needs no other file."""
-    parts = []
-    if sum(e.mode == 'trial' for e in evaluations) > 1:
-        parts.append(f'<p>{html.escape(summary_text(summarise(evaluations)))}</p>')
-    for mode, columns in (('trial', TRIAL_COLUMNS), ('open_loop', OPEN_LOOP_COLUMNS)):
-        chosen = [e for e in evaluations if e.mode == mode]
-        if chosen:
-            parts.append(_html_table(chosen, columns))
-    for e in evaluations:
-        parts.append(f'<h2>{html.escape(label(e))}</h2>')
-        if remarks(e):
-            parts.append('<p>' + '<br>'.join(html.escape(r) for r in remarks(e)) + '</p>')
-        if e.bag in pictures:
-            data = base64.b64encode(pictures[e.bag]).decode()
-            parts.append(f'<img alt="{html.escape(label(e))}" src="data:image/png;base64,{data}">')
-        if e.metadata:
-            settings = ', '.join(f'{k} = {v}' for k, v in sorted(e.metadata.items()))
-            parts.append(f'<p><small>{html.escape(settings)}</small></p>')
-    return _PAGE.format(body='\n'.join(parts), ink=INK, muted=MUTED, grid=GRID, red=NEAREST)
-
-
-def write_html(path: Path, evaluations: list[Evaluation], pictures: dict[str, bytes]) -> Path:
-    """Write `page` to `path`."""
+def animate(flight: Flight, evaluation: Evaluation, path: Path) -> Path:
+    """The trial as an animated picture at 10 frames a second: `path` ends in .gif, or in .mp4 (needs ffmpeg).
+    ValueError for another name, or without ffmpeg."""
+    writers = {'.gif': 'pillow', '.mp4': 'ffmpeg'}
+    if path.suffix not in writers:
+        raise ValueError(f'{path}: expected a name that ends in {" or ".join(writers)}')
+    if not animation.writers.is_available(writers[path.suffix]):
+        raise ValueError(f'{path}: {writers[path.suffix]} is not installed; a .gif needs no ffmpeg')
+    start, end = interval(flight)
+    flown, count = motion(flight).between(start, end), int(min(FRAMES, max(2.0, 10.0 * (end - start))))
+    times = np.linspace(start, end, count)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(evaluations, pictures), encoding='utf-8')
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(8, 6.4), dpi=90)
+        ax = figure.add_axes((-0.02, 0.02, 1.0, 0.94), projection='3d', computed_zorder=False)
+        box = np.vstack([flown.position, np.array(evaluation.goal)[None]])
+
+        def frame(t):
+            ax.clear()
+            centre, radius = (a[0] for a in flight.spheres.at(np.array([t])))
+            for k in np.argsort(centre @ _camera()):
+                if np.isfinite(centre[k]).all():
+                    _ball(ax, centre[k], radius[k], SPHERE, 0.4)
+            i = max(int(metrics.latest(np.array([t]), flown.t)[0]), 0)
+            ax.plot(*flown.position[:i + 1].T, color=AXES[2], lw=2.2, zorder=6)
+            ax.scatter(*flown.position[i], s=40, color=INK, zorder=8, depthshade=False)
+            if (n := int(metrics.latest(np.array([t]), flight.plans.t)[0])) >= 0:
+                ax.plot(*flight.plans.path[n].T, color=PLANNED, lw=1.6, marker='o', ms=3, zorder=7)
+            ax.scatter(*evaluation.goal, s=130, marker='*', color=GOAL, zorder=9, depthshade=False)
+            ax.set_title(f'{label(evaluation)}, {t - start:.1f} s after engage')
+            _box(ax, np.vstack([box, centre[np.isfinite(centre).all(axis=1)].reshape(-1, 3)]))
+        made = animation.FuncAnimation(figure, frame, times, interval=100)
+        made.save(path, writer=writers[path.suffix], fps=10)
+        plt.close(figure)
     return path
-
-
-def write_report(folder: Path, evaluations: list[Evaluation], pictures: dict[str, bytes]) -> Path:
-    """Write one PNG a bag and report.html to `folder`; returns the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    taken: set[str] = set()
-    for e in evaluations:
-        name = label(e).replace('/', '_')
-        while name in taken:
-            name += '_'
-        taken.add(name)
-        (folder / f'{name}.png').write_bytes(pictures[e.bag])
-    return write_html(folder / 'report.html', evaluations, pictures)

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+from flight_log.comparison import Comparison
 from flight_log.evaluation import Evaluation, Summary, summarise
 
 
@@ -58,6 +59,17 @@ OPEN_LOOP_COLUMNS = (
 )
 
 
+POLICY_COLUMN = ('policy', '', lambda e: e.metadata.get('policy', '-'))
+
+
+def by_mode(evaluations: list[Evaluation]) -> list[tuple[list[Evaluation], tuple]]:
+    """Trials and open-loop bags, each with its columns; the policy has one where there are several."""
+    several = len({e.metadata.get('policy') for e in evaluations}) > 1
+    columns = {'trial': TRIAL_COLUMNS, 'open_loop': OPEN_LOOP_COLUMNS}
+    chosen = {mode: [e for e in evaluations if e.mode == mode] for mode in columns}
+    return [(chosen[mode], (*columns[mode], *([POLICY_COLUMN] * several))) for mode in columns if chosen[mode]]
+
+
 def rows(evaluations: list[Evaluation], columns) -> list[list[str]]:
     """Two heading rows and one row a bag."""
     return [[c[0] for c in columns], [c[1] for c in columns],
@@ -102,19 +114,17 @@ def summary_text(s: Summary) -> str:
 def text_report(evaluations: list[Evaluation]) -> str:
     """The table for a terminal."""
     lines: list[str] = []
-    for mode, columns in (('trial', TRIAL_COLUMNS), ('open_loop', OPEN_LOOP_COLUMNS)):
-        chosen = [e for e in evaluations if e.mode == mode]
-        if chosen:
-            lines += [*_aligned(rows(chosen, columns)), '']
-            lines += [f'{label(e)}: {remark}' for e in chosen for remark in remarks(e)]
+    for chosen, columns in by_mode(evaluations):
+        lines += [*_aligned(rows(chosen, columns)), '']
+        lines += [f'{label(e)}: {remark}' for e in chosen for remark in remarks(e)]
     trials = sum(e.mode == 'trial' for e in evaluations)
     if trials > 1:
         lines += ['', summary_text(summarise(evaluations))]
     return '\n'.join(lines).rstrip()
 
 
-def as_json(evaluations: list[Evaluation]) -> str:
-    """{"trials": [...], "summary": {...}}; numbers that the bag cannot tell are null."""
+def as_json(evaluations: list[Evaluation], comparison: Comparison | None = None) -> str:
+    """{"trials": [...], "summary": {...}, "comparison": {...}}; numbers that the bag cannot tell are null."""
     def clean(v):
         if isinstance(v, dict):
             return {k: clean(x) for k, x in v.items()}
@@ -122,4 +132,5 @@ def as_json(evaluations: list[Evaluation]) -> str:
             return [clean(x) for x in v]
         return None if isinstance(v, float) and not math.isfinite(v) else v
     return json.dumps(clean({'trials': [dataclasses.asdict(e) for e in evaluations],
-                             'summary': dataclasses.asdict(summarise(evaluations))}), indent=2)
+                             'summary': dataclasses.asdict(summarise(evaluations)),
+                             'comparison': dataclasses.asdict(comparison) if comparison else None}), indent=2)
