@@ -6,7 +6,8 @@ No ROS and no sockets: frames, a session and times come in, samples and a report
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class _Interval:
     latencies: int = 0
     latency_sum: float = 0.0
     latency_max: float = 0.0
-    rejected: int = 0
+    rejected: Counter = field(default_factory=Counter)  # reason -> count
     gaps: int = 0
     unstamped: int = 0
     malformed: int = 0
@@ -102,7 +103,7 @@ class Bridge:
         result = self.filter.update(frame.stamp, position, quaternion)
         self._interval.gaps += result.gap > 0.0
         if not result.accepted:
-            self._interval.rejected += 1
+            self._interval.rejected[result.reason] += 1
             return None
         self._interval.poses += 1
         self._last_pose = frame.receive_time
@@ -156,7 +157,7 @@ class Bridge:
         if now - self._last_pose > h.stale:
             if not self.tracked:
                 return ERROR, f'rigid body {self.body!r} is not tracked'
-            return ERROR, f'poses of {self.body!r} are refused'
+            return ERROR, f'poses of {self.body!r} are refused: {self._refusals()}'
         faults = []
         if self.up_axis != 'auto' and session.up_axis not in (None, self.up_axis):
             faults.append(f'up_axis is {self.up_axis} but the server says that it streams '
@@ -165,9 +166,12 @@ class Bridge:
             faults.append(f'rate {rate:.1f} Hz outside {h.rate_low:g} to {h.rate_high:g} Hz')
         if latency > h.latency:
             faults.append(f'latency {1e3 * latency:.1f} ms above {1e3 * h.latency:g} ms')
-        for count, what in ((i.gaps, 'gaps'), (i.rejected, 'poses refused'),
+        for count, what in ((i.gaps, 'gaps'), (i.rejected.total(), f'poses refused: {self._refusals()}'),
                             (i.unstamped, 'frames without exposure time'),
                             (i.malformed, 'malformed packets')):
             if count:
                 faults.append(f'{count} {what}')
         return (WARN, '; '.join(faults)) if faults else (OK, 'tracking')
+
+    def _refusals(self) -> str:
+        return ', '.join(f'{count} {reason}' for reason, count in self._interval.rejected.most_common())
