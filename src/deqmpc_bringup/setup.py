@@ -25,6 +25,7 @@ setup(
     entry_points={
         'deqmpc.commands': [
             'emergency-stop = deqmpc_bringup.emergency_stop:main',
+            'faults = deqmpc_bringup.faults_matrix:main',
             'fly = deqmpc_bringup.fly:main',
             'fuzz = deqmpc_bringup.fuzz:main',
             'preflight = deqmpc_bringup.preflight:main',

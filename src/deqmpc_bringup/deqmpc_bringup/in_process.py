@@ -112,7 +112,7 @@ class InProcessGraph:
         self.field = make_field(read('obstacles', ObstacleSettings))
         self._loop = policy_loop(policy, f'/{self.robot}/policy')
         self._policy_period = 1.0 / policy.rate
-        self.radio = InProcessRadio(self.crazyflie, lambda: self.steady)
+        self.radio = InProcessRadio(self.crazyflie, lambda: self.steady, sim.radio_loss, sim.seed)
         self.flight = FlightManager(self.radio, read('crazyflie_interface', InterfaceSettings), self.robot)
         self.flight.on_system_time(0.0)  # the simulated ROS clock is the system's
         self._types = BagTypes()

@@ -23,18 +23,16 @@ LOST_AFTER = 1.0
 _LOG_PERIOD = 1e-3 * LOG_BLOCKS['state'][0]  # s
 
 
-def _arrives() -> bool:
-    return True
-
-
 class InProcessRadio:
-    """`crazyflie_interface.radio.Radio` over a SimulatedCrazyflie; `clock` stamps the telemetry (s)."""
+    """`crazyflie_interface.radio.Radio` over a SimulatedCrazyflie; `clock` stamps the telemetry (s). A packet is lost
+    with probability `loss`, each way; the seed is that of the flight."""
 
-    def __init__(self, crazyflie: SimulatedCrazyflie, clock: Callable[[], float]):
+    def __init__(self, crazyflie: SimulatedCrazyflie, clock: Callable[[], float], loss: float = 0.0, seed: int = 0):
         self._cf = crazyflie
         self._clock = clock
-        self.up: Callable[[], bool] = _arrives  # does this command reach the drone?
-        self.down: Callable[[], bool] = _arrives  # does this log packet reach the ground?
+        rng = np.random.default_rng([seed, 0x7AD10])
+        self.up: Callable[[], bool] = lambda: rng.random() >= loss  # does this command reach the drone?
+        self.down: Callable[[], bool] = lambda: rng.random() >= loss  # does this log packet reach the ground?
         self.link_down = False  # nothing at all on the air
         self.faults: tuple[str, ...] | None = None
         self._telemetry = Telemetry(link='up')

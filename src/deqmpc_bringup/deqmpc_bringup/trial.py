@@ -7,7 +7,10 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import resource
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -22,6 +25,9 @@ from deqmpc_bringup.composition import (
 )
 from deqmpc_bringup.fly import fly, new_run_dir
 from flight_log.evaluate import main as evaluate
+
+OUTCOME = 'outcome.json'  # left by a trial in one process that ended
+WARM = 10  # trials after which a process has loaded and cached what it will
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -40,16 +46,26 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def fly_in_process(given: dict[str, str]) -> str:
-    """One trial in this process, in simulated time; '' or why it failed."""
+    """One trial in this process, in simulated time; '' or why it failed. Leaves OUTCOME in its folder."""
     from deqmpc_bringup.in_process import InProcessTrial  # torch and the simulator: not for --help
-    trial = InProcessTrial(compose('sim', given))
+    begin = time.process_time()
     run_dir = Path(given['run_dir'])
     (run_dir / 'arguments.json').write_text(json.dumps(
         {'mode': 'sim', 'in_process': True, 'values': argument_values('sim', given, read_table())},
         indent=2) + '\n')
+    trial = InProcessTrial(compose('sim', given))
     with (run_dir / 'trial.log').open('w') as log:
         done = trial.run(lambda line: print(line, file=log))
+    (run_dir / OUTCOME).write_text(json.dumps(
+        {'reason': done.reason, 'steps': done.steps, 'process': os.getpid(), 'resident_mb': resident_mb(),
+         'cpu_s': time.process_time() - begin}) + '\n')
     return done.reason
+
+
+def resident_mb() -> float:
+    """Memory of this process that is in RAM (MB, 10^6 bytes)."""
+    pages = int(Path('/proc/self/statm').read_text().split()[1])
+    return 1e-6 * pages * resource.getpagesize()
 
 
 def _fly_all_in_process(todo: list[dict[str, str]], jobs: int) -> list[str]:
@@ -59,8 +75,31 @@ def _fly_all_in_process(todo: list[dict[str, str]], jobs: int) -> list[str]:
         reasons = {}
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit='trial',
                            disable=not sys.stderr.isatty()):
-            reasons[futures[future]] = future.result()
+            # One trial that raises says so in its row; the others fly on.
+            error = future.exception()
+            reasons[futures[future]] = f'{type(error).__name__}: {error}' if error else future.result()
     return [reasons[given['seed']] for given in todo]
+
+
+def flown(given: dict[str, str]) -> str | None:
+    """Why the trial that a run before left in its folder failed ('' if it did not); None where it did not end,
+    and is cleared away."""
+    run_dir = Path(given['run_dir'])
+    try:
+        return json.loads((run_dir / OUTCOME).read_text())['reason']
+    except (OSError, ValueError, KeyError):
+        shutil.rmtree(run_dir, ignore_errors=True)
+        return None
+
+
+def memory_growth(run_dirs: list[Path]) -> str:
+    """What the processes of in-process trials took, in words: after their first WARM trials and at the end."""
+    sizes: dict[int, list[float]] = {}
+    for run_dir in sorted((d for d in run_dirs if (d / OUTCOME).exists()), key=lambda d: (d / OUTCOME).stat().st_mtime):
+        outcome = json.loads((run_dir / OUTCOME).read_text())
+        sizes.setdefault(outcome['process'], []).append(outcome['resident_mb'])
+    return '; '.join(f'process {pid}: {mb[min(WARM, len(mb)) - 1]:.1f} MB after {min(WARM, len(mb))} trials, '
+                     f'{mb[-1]:.1f} MB after {len(mb)}' for pid, mb in sizes.items())
 
 
 def main(argv: list[str]) -> int:
@@ -72,6 +111,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument('--in-process', action='store_true',
                         help="the nodes' logic in one process and simulated time, without ROS and wires")
     parser.add_argument('--jobs', type=int, default=os.cpu_count(), help='trials at once, with --in-process')
+    parser.add_argument('--resume', action='store_true',
+                        help='with --in-process and run_dir:=, fly only the seeds that did not end there')
     parser.add_argument('--time-limit', type=float, default=180.0, metavar='S',
                         help='end a trial that flies in real time after S seconds (default 180)')
     parser.add_argument('--json', action='store_true', help='print the evaluation as JSON')
@@ -81,13 +122,18 @@ def main(argv: list[str]) -> int:
         given = {**parse_assignments(options.arguments), 'trial': 'true', 'record': 'true'}
         if options.in_process and options.mode != 'sim':
             raise CompositionError('--in-process flies the simulator; expected mode sim')
+        if options.resume and not (options.in_process and 'run_dir' in given):
+            raise CompositionError('--resume goes on with --in-process trials in run_dir:=FOLDER; give both')
         compose(options.mode, given)  # says now what is wrong with the arguments
         root = Path(given.pop('run_dir', '') or new_run_dir(options.mode)).resolve()
         todo = [{**given, 'seed': str(s), 'run_dir': str(root / f'seed_{s:03d}')} for s in seeds]
-        for g in todo:
+        before = {g['seed']: flown(g) for g in todo} if options.resume else {}
+        left = [g for g in todo if before.get(g['seed']) is None]
+        for g in left:
             Path(g['run_dir']).mkdir(parents=True)
         if options.in_process:
-            reasons = _fly_all_in_process(todo, max(1, options.jobs))
+            now = dict(zip((g['seed'] for g in left), _fly_all_in_process(left, max(1, options.jobs)), strict=True))
+            reasons = [now[g['seed']] if g['seed'] in now else before[g['seed']] for g in todo]
         else:
             reasons = []
             for g in todo:
@@ -105,6 +151,8 @@ def main(argv: list[str]) -> int:
     for g, reason in zip(todo, reasons, strict=False):
         if reason:
             print(f'seed {g["seed"]}: {reason}', file=sys.stderr)
+    if options.in_process:
+        print(f'memory: {memory_growth([Path(g["run_dir"]) for g in todo])}', file=sys.stderr)
     print(f'bags, logs and report: {root}', file=sys.stderr)
     return status or int(any(reasons) or len(reasons) < len(todo))
 
