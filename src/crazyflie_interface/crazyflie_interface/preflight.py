@@ -382,8 +382,8 @@ TABLE: dict[str, tuple[Callable[[Known, FlightSettings, str], Verdict], str]] = 
     'mocap_rate': (_mocap_rate, "set Motive's camera rate to 100 Hz; each pose is one radio packet"),
     'mocap_latency': (_mocap_latency, "put Motive on a wired network; a negative value means that a host's clock is "
                                       'wrong'),
-    'mocap_body': (_mocap_body, "give the rigid body in Motive the robot's name, or set body_name in mocap_bridge and "
-                                'here'),
+    'mocap_body': (_mocap_body, "give the rigid body in Motive the robot's name, or name it by the launch argument "
+                                'body'),
     'mocap_clock': (_mocap_clock, "let the mocap server's command port through its firewall, on a wired network"),
     'estimate_position': (_estimate_position, f'hold the drone still; {RESET}'),
     'estimate_yaw': (_estimate_yaw, f"point the drone's front along the rigid body's x axis; {RESET}"),

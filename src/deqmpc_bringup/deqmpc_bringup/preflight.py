@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -111,18 +112,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument('--timeout', type=float, default=10.0, metavar='S',
                         help='wait so long for the answer of a robot (default 10)')
     options = parser.parse_args(argv)
+    for robot in options.robot:
+        if not re.fullmatch(r'[A-Za-z_]\w*', robot):
+            parser.error(f'--robot {robot!r}; expected a name such as cf1')
     try:
         os.environ.update(environment(dict(os.environ)))
     except CompositionError as error:
         print(f'deqmpc preflight: {error}', file=sys.stderr)
         return 2
     import rclpy
-    rclpy.init()
+    from rclpy.signals import SignalHandlerOptions
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
     try:
         tables = {robot: ask(robot, options.timeout) for robot in options.robot}
     except NoAnswer as error:
         print(f'deqmpc preflight: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     finally:
         rclpy.try_shutdown()
     if options.json:

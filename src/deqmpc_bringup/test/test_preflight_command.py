@@ -50,6 +50,12 @@ def test_a_graph_that_is_not_there_ends_with_status_2_and_says_what_to_look_at()
     assert '/cf7/preflight within 0.5 s' in output and 'ROS_DOMAIN_ID=93' in output and 'Traceback' not in output
 
 
+def test_a_name_that_no_robot_can_have_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit, match='2'):
+        preflight.main(['--robot', 'cf 1'])
+    assert "--robot 'cf 1'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(('given', 'found'), [
     ({}, ['require_recorder:=true']), ({'record': 'false'}, ['require_recorder:=false']),
     ({'waive': 'plan,policy'}, ['require_recorder:=true', 'preflight_waive:="plan,policy"'])])
