@@ -16,6 +16,9 @@ Traps of cflib that are avoided here, from our side of its API:
 - A dongle that is pulled out: cflib sees no USB error when it sends and goes round its loop for ever; one
   when it tunes kills the thread that all links of this dongle share, and they wait for ever, also in
   close(). `SteadyCrazyradio` takes Crazyradio's place and makes of both a packet without answer.
+- 100 packets without answer end a link, which at 2M is a third of a second of a passing person or a Wi-Fi burst,
+  and in flight a lost link is final. `LOST_PACKETS` leaves the decision to the 2 s that send_packet waits, which is
+  also when the firmware gives up.
 - A dongle that could not be opened again leaves an entry in RadioManager that keeps it from ever being
   opened again: `_forget_unopened` removes it.
 - close_link() sends a zero setpoint, which would take a flying drone from the high-level commander: the
@@ -55,7 +58,8 @@ from crazyflie_interface.settings import RadioSettings
 FIRST_ANSWER = 1.0  # s in which a drone that is there answers the first two requests
 STALL = 5.0  # s without a packet of the tables after which they are begun again
 CLOSE_TIME = 3.0  # s that closing a link may take before it is left to itself
-USB_PAUSE = 0.005  # s after a USB error; 100 in a row are a lost link, so half a second of them
+LOST_PACKETS = 1000  # in a row without answer; more than fit into 2 s: 4 tries of 0.8 ms each at 2M
+USB_PAUSE = 0.005  # s after a USB error
 
 _URIS = (
     r'radio://(\d{1,9}|[0-9A-Fa-f]{10})/(\d|[1-9]\d|1[01]\d|12[0-5])/(250K|1M|2M)(/[0-9A-Fa-f]{1,10})?(\?.*)?',
@@ -96,7 +100,7 @@ _EXPLANATIONS = (
     (r'Could not open usb', 'no Crazyflie is plugged in by USB', False),
     (r'gaierror|Name or service not known', 'the host name is not known', True),
     (r'ConnectionRefused|Errno 111', 'nothing listens there (connection refused)', False),
-    (r'Too many packets lost',
+    (r'Too many packets lost|Could not send packet',
      'the Crazyradio hears no drone; is it plugged in, and the drone on, with this channel, rate and address?', False),
 )
 
@@ -214,6 +218,7 @@ def prepare_cflib() -> None:
             logging.getLogger(name).addFilter(_seldom)
         logging.getLogger('cflib.crazyflie.toccache').setLevel(logging.ERROR)
         cflib.crtp.radiodriver.Crazyradio = SteadyCrazyradio
+        cflib.crtp.radiodriver.set_retries_before_disconnect(LOST_PACKETS)
         if not cflib.crtp.CLASSES:
             cflib.crtp.init_drivers()
         # init_drivers adds its classes at every call, and others may have called it too: each class once.
@@ -255,7 +260,8 @@ def open_link(settings: RadioSettings, closing: threading.Event) -> Crazyflie:
         if closing.is_set():
             failure.append(LinkError(f'{uri}: closed while connecting', hopeless=True))
         elif cf.platform.get_protocol_version() < 0 and now - begin > FIRST_ANSWER:
-            failure.append(LinkError(f'{uri}: no Crazyflie answers'))
+            failure.append(explain(uri, 'Too many packets lost') if uri.startswith('radio')
+                           else LinkError(f'{uri}: no Crazyflie answers'))
         elif now - begin > settings.setup_timeout:
             failure.append(LinkError(f'{uri}: the drone answers, but its tables did not arrive in '
                                      f'{settings.setup_timeout} s'))

@@ -2,6 +2,7 @@
 """CflibRadio over cflib's own Crazyradio driver: a dongle as pyusb shows it, simulated drones in the air."""
 
 import threading
+import time
 
 import pytest
 import usb.core
@@ -119,9 +120,20 @@ def test_a_drone_switched_off_is_lost_and_found_when_it_is_on_again(lab):
     until(lambda: r.telemetry().link == 'lost', 'the loss')
     assert 'hears no drone' in r.telemetry().fault
     thread = running(r.connect)
-    until(lambda: 'hears no drone' in r.telemetry().fault or 'no Crazyflie' in r.telemetry().fault, 'an attempt')
+    until(lambda: r.telemetry().link == 'connecting' and 'hears no drone' in r.telemetry().fault, 'an attempt')
     lab.drones[0].on = True
     thread.join(WAIT)
+    assert r.telemetry().link == 'up'
+
+
+def test_a_radio_link_outlives_an_interruption_of_a_second(lab):
+    r = lab.connected()
+    lab.drones[0].on = False
+    time.sleep(1.0)
+    r.land(0.0, 2.0)
+    assert r.telemetry().link == 'up'
+    lab.drones[0].on = True
+    until(lambda: lab.firmware[0].land.called, 'the landing sent meanwhile')
     assert r.telemetry().link == 'up'
 
 
@@ -136,7 +148,8 @@ def test_two_drones_on_one_dongle_hear_only_their_own_packets(lab):
     until(lambda: second.telemetry().stamp > before, 'telemetry after the other was closed')
 
 
-def test_a_dongle_pulled_out_is_a_lost_link_that_ends_no_thread_and_heals_when_it_is_back_each_time(lab):
+def test_a_dongle_pulled_out_is_a_lost_link_that_ends_no_thread_and_heals_when_it_is_back_each_time(lab, monkeypatch):
+    monkeypatch.setattr(cflib_link, 'LOST_PACKETS', 100)  # only to be quicker
     radios = [lab.connected(1), lab.connected(2)]
     for _ in range(2):
         lab.dongles[0].plugged = lab.dongles[1].plugged = False
