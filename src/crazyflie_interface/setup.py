@@ -14,7 +14,7 @@ setup(
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),
     ],
-    install_requires=['numpy', 'cflib'],
+    install_requires=['numpy', 'cflib', 'pyusb'],
     extras_require={'test': ['pytest']},
     entry_points={
         'console_scripts': [
