@@ -29,7 +29,7 @@ setup(
             'fly = deqmpc_bringup.fly:main',
             'fuzz = deqmpc_bringup.fuzz:main',
             'preflight = deqmpc_bringup.preflight:main',
-            'replay = deqmpc_bringup.fly:replay',
+            'replay = deqmpc_bringup.replan:main',
             'stream = deqmpc_bringup.stream:main',
             'trial = deqmpc_bringup.trial:main',
         ],

@@ -80,6 +80,7 @@ class Plans:
 
     t: np.ndarray  # (N,) s, when they were recorded
     path: list[np.ndarray]  # N arrays (T+1, 3) m, world
+    times: list[np.ndarray]  # N arrays (T+1,) s of their points, on the clock of the stamps
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class _Read:
             if row is None:
                 continue
             if topic is interface.PLAN:
-                self.plans.append((log, row[:, 1:4]))
+                self.plans.append((log, row[:, 1:4], row[:, 0]))
             else:
                 self.states[topic].add(log, row if row.ndim == 1 else row[0, :14])
         if faults:
@@ -228,7 +229,8 @@ def load_flight(path: str | Path, robot: str = '') -> Flight:
         pose=arrays[interface.POSE], setpoint=arrays[interface.SETPOINT],
         status=sorted((s for _, s in status), key=lambda s: s.t),
         ticks=Ticks(*t.T, [read.gates[i] for i in order]),
-        plans=Plans(np.array([log for log, _ in read.plans]), [p for _, p in read.plans]),
+        plans=Plans(np.array([log for log, _, _ in read.plans]), [p for _, p, _ in read.plans],
+                    [t for _, _, t in read.plans]),
         spheres=SphereTrack.of([f for _, f in read.fields],
                                [log if use_log or len(f.radius) == 0 else f.stamp for log, f in read.fields]),
         notes=notes)
