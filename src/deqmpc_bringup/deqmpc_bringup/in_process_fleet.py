@@ -34,8 +34,10 @@ class InProcessFleet:
         self.distance = np.inf
         self.approach = np.full(3, np.nan)
 
-    def run(self, say: Callable[[str], None] = lambda line: None) -> dict[str, Done]:
-        """Fly until every trial is done; all bags are closed whatever happens. RuntimeError when one does not end."""
+    def run(self, say: Callable[[str], None] = lambda line: None) -> Done:
+        """Fly until every trial is done; all bags are closed whatever happens. RuntimeError when one does not end.
+
+        Returns the trials as one: success of all, their reasons, the fewest steps, the largest distance to a goal."""
         for name, trial in self.trials.items():
             trial.begin(lambda line, name=name: say(f'{name}: {line}'))
         try:
@@ -44,7 +46,10 @@ class InProcessFleet:
         finally:
             for trial in self.trials.values():
                 trial.close()
-        return {name: trial.conductor.done for name, trial in self.trials.items()}
+        done = {name: trial.conductor.done for name, trial in self.trials.items()}
+        return Done(all(d.success for d in done.values()),
+                    '; '.join(f'{name}: {d.reason}' for name, d in done.items() if d.reason),
+                    min(d.steps for d in done.values()), None, max(d.distance for d in done.values()))
 
     def _advance(self) -> None:
         """One millisecond of each."""

@@ -46,19 +46,22 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def fly_in_process(given: dict[str, str]) -> str:
-    """One trial in this process, in simulated time; '' or why it failed. Leaves OUTCOME in its folder."""
+    """One trial, or those of a fleet at once, in this process and simulated time; '' or why it failed. Leaves OUTCOME
+    in its folder; of a fleet also the least distance (m) between two of its drones."""
     from deqmpc_bringup.in_process import InProcessTrial  # torch and the simulator: not for --help
+    from deqmpc_bringup.in_process_fleet import InProcessFleet
     begin = time.process_time()
     run_dir = Path(given['run_dir'])
     (run_dir / 'arguments.json').write_text(json.dumps(
         {'mode': 'sim', 'in_process': True, 'values': argument_values('sim', given, read_table())},
         indent=2) + '\n')
-    trial = InProcessTrial(compose('sim', given))
+    trial = (InProcessFleet if given.get('fleet') else InProcessTrial)(compose('sim', given))
     with (run_dir / 'trial.log').open('w') as log:
         done = trial.run(lambda line: print(line, file=log))
+    apart = {'least_distance': trial.distance} if given.get('fleet') else {}
     (run_dir / OUTCOME).write_text(json.dumps(
         {'reason': done.reason, 'steps': done.steps, 'process': os.getpid(), 'resident_mb': resident_mb(),
-         'cpu_s': time.process_time() - begin}) + '\n')
+         'cpu_s': time.process_time() - begin, **apart}) + '\n')
     return done.reason
 
 
@@ -145,7 +148,8 @@ def main(argv: list[str]) -> int:
     except (CompositionError, ValueError, OSError, yaml.YAMLError) as error:
         print(f'deqmpc trial: {error}', file=sys.stderr)
         return 2
-    bags = [str(Path(g['run_dir']) / 'bag') for g in todo if (Path(g['run_dir']) / 'bag').exists()]
+    # A fleet has a bag for each robot, one folder further down.
+    bags = [str(bag) for g in todo for pattern in ('bag', '*/bag') for bag in sorted(Path(g['run_dir']).glob(pattern))]
     extra = ['--json'] if options.json else []
     status = evaluate([*bags, '--report', str(root / 'report'), *extra]) if bags else 1
     for g, reason in zip(todo, reasons, strict=False):

@@ -1,5 +1,6 @@
 """Whole graphs of real nodes: sockets, cflib, DDS and a bag. Every test has ports and a DDS domain of its own."""
 
+import contextlib
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from flying import (
 )
 
 from deqmpc import interface
+from deqmpc_bringup.composition import share_dir
 
 DATA = Path(os.environ['DEQMPC_DATA'])
 
@@ -154,3 +156,43 @@ def test_an_occupied_port_is_named(tmp_path):
         output, _ = run.communicate(timeout=60)
     assert run.returncode not in (0, -9)
     assert str(port) in output and 'Traceback' not in output, output
+
+
+# Its flight is in test_in_process_fleet.py: twelve processes in real time ask more of a machine than a test may.
+def test_a_fleet_in_the_real_graph_has_each_drone_on_its_own_body_and_radio_and_hears_the_other(tmp_path):
+    arguments = sim_arguments()
+    run_dir = tmp_path / 'run'
+    port = free_pair()
+    run = deqmpc('fly', 'sim', f'fleet:={share_dir() / "config" / "fleet" / "two.yaml"}', 'obstacles:=off',
+                 'policy:=mpc_only', f'uri:=udp://127.0.0.1:{port}', f'run_dir:={run_dir}', *arguments[1:], domain=92)
+    waited = {f'[{robot}.{node}]': what for robot, p in (('cf1', port), ('cf2', port + 1)) for node, what in (
+        ('crazyflie_interface', f'udp://127.0.0.1:{p}: connected'), ('policy', 'a plan when warm'))}
+    seen = []
+    for line in run.stdout:
+        seen.append(line)
+        waited = {node: what for node, what in waited.items() if node not in line or what not in line}
+        if not waited:
+            break
+    time.sleep(5.0)
+    run.send_signal(signal.SIGINT)
+    rest, _ = run.communicate(timeout=60)
+    assert not waited and run.returncode == 0, ''.join(seen) + rest
+    assert not node_processes(run_dir)
+    for robot, x, other in (('cf1', -1.0, 'cf2'), ('cf2', 1.0, 'cf1')):
+        bag = run_dir / robot / 'bag'
+        own = [interface.read_odometry(m).position for m in read(bag, interface.ODOM, robot)]
+        heard = [interface.read_odometry(m).position for m in read(bag, interface.ODOM, other)]
+        assert own[-1] == pytest.approx([x, 0.0, 0.0], abs=0.05)
+        assert heard[-1] == pytest.approx([-x, 0.0, 0.0], abs=0.05)
+        gates = [d.values['gate'] for m in read(bag, interface.DIAGNOSTICS, robot)
+                 for d in interface.read_diagnostics(m) if d.name == f'{robot}/policy']
+        assert gates and f'no odometry of {other} yet' not in gates[-1]
+
+
+def free_pair():
+    """A UDP port that is free, and so is the next one."""
+    while True:
+        port, = free_ports(1)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.bind(('127.0.0.1', port + 1))
+            return port
