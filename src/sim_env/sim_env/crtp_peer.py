@@ -623,9 +623,9 @@ class CrtpPeer:
         """(accepted, state after it): armed for 1, not crashed for 2."""
         if command == 2:
             accepted = self.crazyflie.recover()
-            return int(accepted), int(not self.crazyflie.supervisor_info & 1 << 7)
+            return int(accepted), int(not self.crazyflie.crashed)
         _, on = _unpack('<B?', data)
-        return int(self.crazyflie.arm(on)), int(bool(self.crazyflie.supervisor_info & 1 << 1))
+        return int(self.crazyflie.arm(on)), int(self.crazyflie.armed)
 
 
 def _toc(types: dict[str, int]) -> tuple[list[bytes], int]:

@@ -183,6 +183,7 @@ def _start(flight: RecordedFlight, k: int, settings: SimSettings, seed: int) -> 
     floor = float(flight.position[:, 2].min())
     settings = dataclasses.replace(settings, plant=dataclasses.replace(settings.plant, floor=floor))
     crazyflie = SimulatedCrazyflie(settings, seed, (0.0, 0.0, floor))
+    crazyflie.set_parameter('stabilizer.estimator', 2)
     plant, controller = crazyflie.plant, crazyflie.controller
     plant.fixed_voltage = float(flight.voltage[k])
     crazyflie.step(500)  # on the ground: checks, arming

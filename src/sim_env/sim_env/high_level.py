@@ -52,7 +52,7 @@ class HighLevelCommander:
 
     def __init__(self):
         self.state = IDLE
-        self.blocked = True  # set by the supervisor while the drone cannot fly
+        self.blocked = True  # by `block`: the drone cannot fly
         self._last = ((0.0,) * 3, (0.0,) * 3, 0.0)  # position, velocity, yaw that a new plan starts from
         self._polynomials = None
         self._begin = self._duration = 0.0
@@ -61,6 +61,13 @@ class HighLevelCommander:
         """Forget the trajectory; while nothing else streams, the motors stop."""
         self.state = IDLE
         return 0
+
+    def block(self, on: bool) -> None:
+        """While `on`, the supervisor does not allow flight: commands are refused and the trajectory is forgotten, so
+        that a drone that may fly again does not go on with it."""
+        if on and self.state != DISABLED:
+            self.stop()
+        self.blocked = on
 
     def finished(self, now: float) -> bool:
         """True when there is no trajectory or its time is over."""
@@ -99,14 +106,18 @@ class HighLevelCommander:
         self._plan(now, duration, (position, velocity, acceleration, heading, turn), target, yaw, FLYING)
         return 0
 
-    def setpoint(self, now: float, estimate) -> Setpoint:
-        """The present setpoint; the null setpoint when idle."""
+    def setpoint(self, now: float, estimate) -> Setpoint | None:
+        """The present setpoint; the null setpoint when idle; None from a trajectory that is not a number, which
+        disables the planner until its next command: the last setpoint then grows old."""
         if self.state == LANDING and self.finished(now):
             self.state = IDLE
         if self.state == IDLE:
             self.tell_state(estimate)
             return NULL
         goal = self._evaluate(now)
+        if not all(map(math.isfinite, goal.position)):
+            self.state = DISABLED
+            return None
         self._last = (goal.position, goal.velocity, goal.yaw)
         return goal
 

@@ -67,6 +67,7 @@ class SimulatedCrazyflie:
         self.plant = Plant(settings.airframe, settings.plant, position, yaw, spread.tolist())
         self.imu = Imu(settings.imu, rng)
         self.estimator = KalmanEstimator()
+        self._kalman = False  # whether it is chosen: the default build boots with the complementary filter
         self.controller = Mellinger(MellingerGains(**{f.name: getattr(settings.gains, f.name)
                                                       for f in fields(MellingerGains)}))
         self.high_level = HighLevelCommander()
@@ -74,6 +75,7 @@ class SimulatedCrazyflie:
         self.supervisor = Supervisor(settings.auto_arm, self.console)
         self.pwm = _STOPPED
         self.target = commander.NULL  # the setpoint the controller last used
+        self._info = 0
         self._tick = 0  # ms
         self._commands = (0.0, 0, 0, 0)  # thrust, roll, pitch, yaw of the controller
         self._measurements: list = []
@@ -83,7 +85,7 @@ class SimulatedCrazyflie:
         self.log_variables = self._declare_log_variables()
         self.console += ['SYS: ----------------------------',
                          'SYS: Crazyflie 2.1 (simulated) is up and running!',
-                         'ESTKALMAN: using Kalman estimator', 'CONTROLLER: using Mellinger controller']
+                         'ESTIMATOR: Using Complementary (1) estimator', 'CONTROLLER: using Mellinger controller']
 
     # --- time -----------------------------------------------------------------------------------
 
@@ -102,12 +104,15 @@ class SimulatedCrazyflie:
         self._measurements.clear()
 
         can_fly = supervisor.can_fly
-        self.high_level.blocked = not can_fly
+        self.high_level.block(not can_fly)
         if can_fly and tick % _HIGH_LEVEL_MS == 0 and self.high_level.state != DISABLED:
-            self.commander.set(self.high_level.setpoint(now, estimator), PRIORITY_HIGH_LEVEL, tick)
+            goal = self.high_level.setpoint(now, estimator)
+            if goal is not None:
+                self.commander.set(goal, PRIORITY_HIGH_LEVEL, tick)
         if tick % _SUPERVISOR_MS == 0:
             setpoint = self.commander.setpoint if can_fly else commander.Setpoint(stamp=tick)
             supervisor.update(tick, imu.acc, self.pwm, setpoint)
+            self._info = self._bits()
         if tick % _CONTROLLER_MS == 0:
             self._control(can_fly)
         if tick % _BATTERY_MS == 0:
@@ -208,12 +213,16 @@ class SimulatedCrazyflie:
 
     def receive_extpos(self, position) -> None:
         """External position (m, world)."""
-        self._measurements.append((tuple(map(float, position)), None, self._std('extPosStdDev'), 0.0))
+        self._measure(position, None, 0.0)
 
     def receive_extpose(self, position, quaternion_xyzw) -> None:
         """External pose (m, world; body -> world)."""
-        self._measurements.append((tuple(map(float, position)), tuple(map(float, quaternion_xyzw)),
-                                   self._std('extPosStdDev'), self._std('extQuatStdDev')))
+        self._measure(position, tuple(map(float, quaternion_xyzw)), self._std('extQuatStdDev'))
+
+    def _measure(self, position, quaternion, attitude_std):
+        if self._kalman:  # the complementary filter has no use for them
+            self._measurements.append((tuple(map(float, position)), quaternion, self._std('extPosStdDev'),
+                                       attitude_std))
 
     def _std(self, name):
         return self.parameters['locSrv.' + name].value
@@ -237,9 +246,22 @@ class SimulatedCrazyflie:
         self.supervisor.feed_watchdog(self._tick)
 
     @property
+    def armed(self) -> bool:
+        """At this instant, as the answer to an arming request says it."""
+        return self.supervisor.armed
+
+    @property
+    def crashed(self) -> bool:
+        """At this instant, as the answer to a recovery request says it."""
+        return self.supervisor.crashed
+
+    @property
     def supervisor_info(self) -> int:
-        """Bits: 0 canArm, 1 armed, 2 autoArm, 3 canFly, 4 flying, 5 tumbled, 6 locked, 7 crashed,
-        8 high-level trajectory active, 9 trajectory finished, 10 high-level disabled."""
+        """Bits, as of the supervisor's last round (25 Hz): 0 canArm, 1 armed, 2 autoArm, 3 canFly, 4 flying, 5 tumbled,
+        6 locked, 7 crashed, 8 high-level trajectory active, 9 trajectory finished, 10 high-level disabled."""
+        return self._info
+
+    def _bits(self) -> int:
         s, h = self.supervisor, self.high_level
         bits = (s.can_arm, s.armed, s.auto_arm, s.can_fly, s.flying, s.tumbled,
                 s.state == State.LOCKED, s.crashed,
@@ -270,14 +292,13 @@ class SimulatedCrazyflie:
             setattr(self.controller.gains, leaf, p.value)
         elif name == 'stabilizer.controller' and p.value != 2:
             self.console.append(f'CONTROLLER: {int(p.value)} is not simulated, flying Mellinger (2)')
-        elif name == 'stabilizer.estimator' and p.value != 2:
-            self.console.append(f'ESTIMATOR: {int(p.value)} is not simulated, using Kalman (2)')
+        elif name == 'stabilizer.estimator':
+            self._choose_estimator(int(p.value))
         elif name == 'stabilizer.stop':
             self.supervisor.stop_parameter = bool(p.value)
         elif name == 'kalman.resetEstimation' and p.value:
             p.value = 0
-            self.estimator = KalmanEstimator([self.parameters['kalman.initial' + a].value for a in 'XYZ'],
-                                             self.parameters['kalman.initialYaw'].value)
+            self.estimator = self._fresh_estimator()
         elif name == 'supervisor.tmblChckEn':
             self.supervisor.tumble_check = bool(p.value)
         elif name == 'supervisor.prefltTimeout':
@@ -285,9 +306,22 @@ class SimulatedCrazyflie:
         elif name == 'supervisor.landedTimeout':
             self.supervisor.landed_timeout = p.value
 
+    def _fresh_estimator(self):
+        return KalmanEstimator([self.parameters['kalman.initial' + a].value for a in 'XYZ'],
+                               self.parameters['kalman.initialYaw'].value)
+
+    def _choose_estimator(self, number):
+        """2 starts the Kalman filter, unless it runs; with every other one external poses are not heard."""
+        if number == 2 and not self._kalman:
+            self.estimator = self._fresh_estimator()
+            self.console.append('ESTIMATOR: Using Kalman (2) estimator')
+        elif number != 2:
+            self.console.append(f'ESTIMATOR: {number} is not simulated: no external poses, no position')
+        self._kalman = number == 2
+
     def _declare_parameters(self):
         parameters = {
-            'stabilizer.estimator': Parameter('B', 2), 'stabilizer.controller': Parameter('B', 1),
+            'stabilizer.estimator': Parameter('B', 1), 'stabilizer.controller': Parameter('B', 1),
             'stabilizer.stop': Parameter('B', 0), 'commander.enHighLevel': Parameter('B', 0),
             'locSrv.extPosStdDev': Parameter('f', 0.01), 'locSrv.extQuatStdDev': Parameter('f', 4.5e-3),
             'kalman.resetEstimation': Parameter('B', 0), 'kalman.initialX': Parameter('f', 0.0),

@@ -13,7 +13,7 @@ from sim_env.high_level import EBUSY, REFUSED, derivatives, polynomial
 from sim_env.plant import PlantSettings
 from sim_env.simulated_crazyflie import SimSettings, SimulatedCrazyflie
 
-ARMED, CAN_FLY, FLYING, TUMBLED, LOCKED, CRASHED, ACTIVE = (1 << k for k in (1, 3, 4, 5, 6, 7, 8))
+ARMED, CAN_FLY, FLYING, TUMBLED, LOCKED, CRASHED, ACTIVE, DISABLED = (1 << k for k in (1, 3, 4, 5, 6, 7, 8, 10))
 LEVEL = (0.0, 0.0, 0.0, 1.0)
 # The plant that the firmware-in-the-loop figures were measured on: crazyswarm2's simulator.
 CRAZYSWARM2 = SimSettings(
@@ -31,9 +31,16 @@ def run(crazyflie, seconds, mocap=True):
         crazyflie.step(10)
 
 
+def drone(settings=SimSettings(), seed=0):
+    """A Crazyflie on the floor that listens to external poses."""
+    crazyflie = SimulatedCrazyflie(settings, seed)
+    crazyflie.set_parameter('stabilizer.estimator', 2)
+    return crazyflie
+
+
 def hovering(seed=0, settings=SimSettings()):
     """A Crazyflie that took off to 1 m."""
-    crazyflie = SimulatedCrazyflie(settings, seed)
+    crazyflie = drone(settings, seed)
     run(crazyflie, 0.5)
     assert crazyflie.takeoff(1.0, 1.5) == 0
     run(crazyflie, 3.0)
@@ -99,7 +106,7 @@ def test_drift_after_mocap_loss_is_of_the_firmware_s_size():
     ('full', 50, 0.0, 0.034), ('position', 10, 0.0, 0.27), ('position', 10, 0.1, 0.22)])
 def test_circle_tracking_equals_the_firmware_in_the_loop(kind, rate, look_ahead, figure):
     """R 0.4 m, 5 s a round, on the same plant: RMS within a quarter of the facts' figure."""
-    crazyflie = SimulatedCrazyflie(CRAZYSWARM2)
+    crazyflie = drone(CRAZYSWARM2)
     w = 2.0 * math.pi / 5.0
 
     def circle(t):
@@ -128,7 +135,7 @@ def test_circle_tracking_equals_the_firmware_in_the_loop(kind, rate, look_ahead,
 
 def test_equal_seeds_fly_equal_paths_and_others_do_not():
     def flown(seed):
-        crazyflie = SimulatedCrazyflie(seed=seed)
+        crazyflie = drone(seed=seed)
         run(crazyflie, 0.2)
         crazyflie.takeoff(0.5, 0.5)
         run(crazyflie, 0.8)
@@ -281,6 +288,24 @@ def test_the_emergency_watchdog_acts_one_second_after_its_last_packet_and_not_be
     assert info(crazyflie, LOCKED)
 
 
+def test_a_drone_disarmed_in_flight_arms_itself_again_but_forgets_its_trajectory():
+    crazyflie = hovering()
+    assert crazyflie.arm(False) and not crazyflie.armed
+    run(crazyflie, 0.3)
+    assert info(crazyflie, ARMED) and info(crazyflie, CAN_FLY) and not info(crazyflie, ACTIVE)
+    assert crazyflie.pwm == (0, 0, 0, 0)
+    run(crazyflie, 0.7)
+    assert height(crazyflie) < 0.1
+
+
+def test_the_supervisor_bits_change_at_25_hz_and_the_answer_to_arming_at_once():
+    crazyflie = SimulatedCrazyflie(SimSettings(auto_arm=False))
+    crazyflie.step(200)
+    assert crazyflie.arm(True) and crazyflie.armed and not info(crazyflie, ARMED)
+    crazyflie.step(40)
+    assert info(crazyflie, ARMED)
+
+
 def test_a_tumbled_drone_is_crashed_until_it_stands_again_and_is_recovered():
     crazyflie = hovering()
     crazyflie.place(at_rest(0.1, (1.0, 0.0, 0.0, 0.0)))
@@ -292,6 +317,24 @@ def test_a_tumbled_drone_is_crashed_until_it_stands_again_and_is_recovered():
     assert crazyflie.recover()
     run(crazyflie, 0.5)
     assert not info(crazyflie, CRASHED) and info(crazyflie, CAN_FLY)
+
+
+def test_a_go_to_that_is_not_a_number_disables_the_planner_and_the_old_setpoint_ends_the_flight():
+    crazyflie = hovering()
+    assert crazyflie.go_to((math.nan, 0.0, 1.0), 0.0, 1.0) == 0
+    run(crazyflie, 1.9)
+    assert info(crazyflie, DISABLED) and info(crazyflie, FLYING) and height(crazyflie) > 0.8
+    run(crazyflie, 0.3)
+    assert info(crazyflie, LOCKED) and crazyflie.pwm == (0, 0, 0, 0)
+
+
+def test_before_the_kalman_filter_is_chosen_external_poses_are_not_heard():
+    crazyflie = SimulatedCrazyflie(position=(1.0, -0.5, 0.0))
+    run(crazyflie, 1.0)
+    assert np.linalg.norm(crazyflie.estimate().position - crazyflie.truth().position) > 0.5
+    crazyflie.set_parameter('stabilizer.estimator', 2)
+    run(crazyflie, 1.0)
+    assert crazyflie.estimate().position == pytest.approx(crazyflie.truth().position, abs=0.02)
 
 
 def test_a_nan_pose_stops_the_motors_without_an_exception():
