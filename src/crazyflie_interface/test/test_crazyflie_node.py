@@ -9,6 +9,7 @@ import pytest
 from crazyflie_bench import REPORTS
 
 rclpy = pytest.importorskip('rclpy', reason='rclpy is not installed')
+from rclpy.clock import ClockType  # noqa: E402
 from rclpy.experimental import EventsExecutor  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
 
@@ -151,6 +152,17 @@ def test_a_flight_over_ros_publishes_what_it_sends_and_lands_when_closed(graph):
     names = [name for name, _, _ in graph.drone.radio.mock_calls if name not in ('extpose', 'telemetry')]
     last = max(i for i, n in enumerate(names) if n == 'full_state')
     assert names[last + 1:last + 3] == ['land', 'notify_stop'] and names[-1] == 'close'
+
+
+def test_setting_the_system_clock_in_flight_is_found_by_the_tick_which_runs_on_another(graph, monkeypatch):
+    graph.request('arm', 'armed', True)
+    graph.request('takeoff', 'holding')
+    graph.request('engage', 'following')
+    assert graph.node._timer.clock.clock_type == ClockType.STEADY_TIME
+    monkeypatch.setattr('crazyflie_interface.node.now', lambda node: now(node) - 3600.0)
+    graph.until(lambda: graph.node.manager.phase != 'following')
+    assert graph.node.manager.reason.startswith('the system clock was set by -3600')
+    graph.node.close()
 
 
 def test_an_exception_in_a_tick_still_lands_the_drone_before_closing(graph):
