@@ -18,7 +18,7 @@ MAX_DEPTH = 20  # nested lists and mappings
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases, duplicate keys, deep nesting and integers that no other reader can hold."""
+    """SafeLoader without aliases, deep nesting, keys twice or not of text, and integers that nobody else can hold."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -39,6 +39,11 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         mapping = super().construct_mapping(node, deep)
+        for key in mapping:
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f'key {key!r} is {type(key).__name__}; expected a '
+                                                        'text (in quotes where YAML reads it as something else)',
+                                                        node.start_mark)
         if len(mapping) < len(node.value):
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             twice = next(k for i, k in enumerate(keys) if k in keys[:i])

@@ -30,6 +30,7 @@ def test_every_settings_file_of_the_project_is_read_as_safe_load_reads_it(path):
     (BOMB, 'alias'), ('a: 1\nb: 2\na: 3', "key 'a' is there twice"), ('[' * 1000 + ']' * 1000, 'nested deeper'),
     ('a: [', 'not YAML'), ('a: !!python/object/apply:os.system [ls]', 'not YAML'), ('2021-13-45', 'month'),
     ('!!int ""', 'not YAML'), ('!!bool maybe', 'not YAML'), ('!!timestamp x', 'not YAML'), ('{[1]: 2}', 'not YAML'),
+    ('off: 1', 'key False is bool; expected a text'), ('a: {7: x}', 'key 7 is int'),
     ('1' * 5000, 'not YAML'), ('a: 1\n---\nb: 2', 'not YAML'), ('x: "' + 'y' * 1_000_000 + '"', 'at most'),
     ('\x00', 'not YAML'), (f'a: {2**63}', 'beyond 64 bits'), (f'- {-2**63 - 1}', 'beyond 64 bits')],
     ids=lambda value: repr(value[:30]))

@@ -4,7 +4,7 @@
     natnet_server   a client's requests                     -> the simulated OptiTrack
     crtp_peer       a PC's packets                          -> the simulated Crazyflie, whose physics runs on
     cflib_radio     a drone's packets                       -> CflibRadio connected over cflib's UDP link
-    config          ROS parameter, policy, airframe and obstacle files, model folders -> their readers
+    config          ROS parameter, fleet, policy, airframe and obstacle files, model folders -> their readers
 
 Each case is a true packet or file, changed by a few random edits. A packet's reader takes it or counts it; a file's
 reader takes it or raises the one error it documents. Anything else is a crash. The readers must work afterwards: a
@@ -496,6 +496,8 @@ def config_readers(folder: Path) -> dict[str, tuple[str, Callable[[Path], None],
     flight = (share / 'config' / 'hardware.yaml').read_text()
     return {
         'parameters': (flight, parameters, (CompositionError, SettingsError)),
+        'fleet': ((share / 'config' / 'fleet' / 'two.yaml').read_text(),
+                  lambda path: compose('sim', {'fleet': str(path), 'trial': 'true'}), (CompositionError,)),
         'policy': ((share / 'config' / 'policies' / 'mpc_only.yaml').read_text(), policy, (SettingsError,)),
         'airframe': (yaml.safe_dump(airframe), Airframe.load, (ValueError,)),
         'obstacles': (yaml.safe_dump(field_of_spheres), obstacles.load, (ValueError,)),
