@@ -105,6 +105,25 @@ def test_ros2_launch_and_deqmpc_fly_start_the_same_processes(mode, monkeypatch):
         (r.package, r.executable, r.name, r.namespace, r.ros_arguments) for r in rows]
 
 
+def test_a_launched_fleet_ends_with_its_last_trial_or_with_the_first_that_fails(monkeypatch):
+    made = _recording_launch(monkeypatch)
+    made['LaunchConfiguration'].perform = lambda self, context: context[self.args[0]]
+    from deqmpc_bringup.ros_launch import launch_description
+    fleet = str(composition.share_dir() / 'config' / 'fleet' / 'two.yaml')
+
+    def trials():
+        entities = launch_description('sim').args[0]
+        values = {e.args[0]: e.kwargs['default_value'] for e in entities if type(e).__name__ == 'DeclareLaunchArgument'}
+        opaque = next(e for e in entities if type(e).__name__ == 'OpaqueFunction')
+        nodes = opaque.kwargs['function']({**values, 'fleet': fleet, 'trial': 'true'})
+        return [n.kwargs['on_exit'] for n in nodes if n.kwargs['name'] == 'trial']
+    first, last = trials()
+    assert first(types.SimpleNamespace(returncode=0), None) is None
+    assert isinstance(last(types.SimpleNamespace(returncode=0), None), made['Shutdown'])
+    first, _ = trials()
+    assert isinstance(first(types.SimpleNamespace(returncode=1), None), made['Shutdown'])
+
+
 @pytest.mark.parametrize('mode', MODES)
 def test_the_real_ros2_launch_accepts_the_launch_file(mode):
     pytest.importorskip('launch_ros', reason='launch_ros is not installed (it comes with ROS 2)')

@@ -134,3 +134,12 @@ def test_stopping_the_runner_by_any_signal_lets_the_drone_land_and_leaves_no_pro
     assert parent.wait(timeout=20) == (-9 if number == signal.SIGKILL else 0)
     wait_for(lambda: not any(alive(int(p.read_text())) for p in pids))
     assert (prefix / 'landed').read_text() == 'yes'
+
+
+def test_a_flight_with_several_ends_goes_on_until_the_last_and_ends_with_the_first_that_fails(prefix, tmp_path):
+    lines = []
+    rows = [row('short', ends=True), row('landing', ends=True)]
+    assert Runner(rows, tmp_path / 'log', dict(os.environ), write=lines.append).run(3.0) == 124  # one still runs
+    assert any('[short] finished with exit status 0' in line for line in lines)
+    rows = [row('failing', ends=True), row('landing', ends=True)]
+    assert Runner(rows, tmp_path / 'log', dict(os.environ), write=lines.append).run(30.0) == 3
