@@ -11,8 +11,9 @@ time, to the left of the first by a as seen from itself:
 
   + a e_z x d / |d|,   d the horizontal way from the drone that plans to drone j
 
-Right is then the shorter way round for both, as in the rules of the air (ICAO Annex 2, 3.2.2.2). What a plan is judged
-by is the first column alone.
+Right is then the shorter way round for both, as in the rules of the air (ICAO Annex 2, 3.2.2.2). A policy with a habit
+of its own may still go round the left of both columns; what matters is that nothing is symmetric any more. What a plan
+is judged by is the first column alone.
 
 Source of the distances: Hoenig et al., Trajectory Planning for Quadrotor Swarms, IEEE T-RO 34(4), 2018, keep two
 Crazyflies 0.24 m apart beside and 0.60 m above each other (ellipsoids of 0.12, 0.12, 0.30 m around each).
