@@ -18,24 +18,27 @@ SCRIPTS = {e.name: e.value.split(':')[0] for e in entry_points(group='console_sc
 
 
 def settings_class(node):
-    """The dataclass that `node` of the composition gives to declare()."""
+    """The dataclass that `node` of the composition gives to declare(): by name, or as SETTINGS of its class."""
     module = importlib.import_module(SCRIPTS[TABLE['nodes'][node]['executable']])
-    names = {call.args[1].id for call in ast.walk(ast.parse(inspect.getsource(module)))
-             if isinstance(call, ast.Call) and (getattr(call.func, 'id', '') == 'declare'
-                                                or getattr(call.func, 'attr', '') == 'declare')}
-    assert len(names) == 1, f'{module.__name__} declares {names}'
-    return getattr(module, names.pop())
+    own = [c.SETTINGS for c in vars(module).values()
+           if inspect.isclass(c) and c.__module__ == module.__name__ and hasattr(c, 'SETTINGS')]
+    calls = [n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Call)]
+    named = [getattr(module, call.args[1].id) for call in calls
+             if (getattr(call.func, 'id', '') == 'declare' or getattr(call.func, 'attr', '') == 'declare')
+             and isinstance(call.args[1], ast.Name)]
+    (settings,) = own + named
+    return settings
 
 
 @pytest.mark.parametrize('node', sorted(TABLE['nodes']))
 def test_every_parameter_has_a_description_and_a_default_within_its_limits(node):
     settings = settings_class(node)
     hints = get_type_hints(settings)
-    values = settings()
     for field in dataclasses.fields(settings):
         words = field.metadata['description']
         assert len(words) > 3 and not words.isspace(), f'{node}.{field.name}'
-        check_value(node, field, hints[field.name], getattr(values, field.name))
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        check_value(node, field, hints[field.name], default)
 
 
 @pytest.mark.parametrize('mode', sorted(TABLE['modes']))
