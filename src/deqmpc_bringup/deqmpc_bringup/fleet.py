@@ -110,7 +110,7 @@ class _Reader:
     def _robot(self, name: str, robot: dict[str, Any], data: dict[str, Any]) -> FleetRobot:
         where = f'robots.{name}'
         kinds = self._mapping('robot_types', data['robot_types'])
-        if robot['type'] not in kinds:
+        if not isinstance(robot['type'], str) or robot['type'] not in kinds:
             self._fail(f'{where}.type', robot['type'], f'one of robot_types: {", ".join(map(str, kinds))}')
         kind_at = f'robot_types.{robot["type"]}'
         kind = kinds[robot['type']]
