@@ -42,9 +42,12 @@ PARAM_TYPES = {'B': 0x08, 'H': 0x09, 'I': 0x0A, 'b': 0x00, 'h': 0x01, 'i': 0x02,
 _LOG_CHARACTER = {number: character for character, number in LOG_TYPES.items()}
 READ_ONLY = 0x40
 
+# Setpoints that Mellinger does not follow; those of vertical velocity leave it without a thrust: the motors stop.
+VERTICAL_VELOCITY = (1, 4, 8)
 NOT_FOLLOWED = {1: 'velocity', 2: 'z distance', 3: 'CPPM', 4: 'altitude hold', 5: 'hover', 8: 'velocity',
                 9: 'z distance', 10: 'hover'}
-
+# Bytes after the type, where crtp_commander_generic.c asserts them; position setpoints (7) have no such check there.
+SETPOINT_SIZES = {None: 1, 1: 16, 2: 16, 4: 16, 5: 16, 6: 28, 8: 16, 9: 16, 10: 16, 11: 15}
 
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +67,10 @@ PERFECT = LinkDirection()
 
 class MalformedPacket(ValueError):
     """A packet that the firmware would not understand."""
+
+
+class AssertionTripped(MalformedPacket):
+    """A packet of a wrong length that the firmware answers by restarting itself (cfassert.c)."""
 
 
 @dataclass
@@ -107,13 +114,11 @@ def pack_number(character: str, value: float) -> bytes:
 
 
 def _unpack(layout: str, data: bytes) -> tuple:
-    """struct.unpack of the whole of `data`; every float must be finite."""
+    """struct.unpack of the whole of `data`. An infinity becomes NaN, which the drone takes as the firmware does: it
+    has no check, and a NaN in a pose or setpoint stops the motors."""
     if len(data) != struct.calcsize(layout):
         raise MalformedPacket(f'{len(data)} bytes, expected {struct.calcsize(layout)}')
-    values = struct.unpack(layout, data)
-    if not all(math.isfinite(v) for v in values if isinstance(v, float)):
-        raise MalformedPacket(f'not finite: {values}')
-    return values
+    return tuple(math.nan if isinstance(v, float) and math.isinf(v) else v for v in struct.unpack(layout, data))
 
 
 class CrtpPeer:
@@ -243,6 +248,8 @@ class CrtpPeer:
             replies = self._handlers[port, channel](packet[1:])
         except MalformedPacket as error:
             self.counts['malformed'] += 1
+            if isinstance(error, AssertionTripped):
+                self.crazyflie.fail_assertion()
             where = f'port {packet[0] >> 4} channel {packet[0] & 3}' if packet else 'no header'
             self._say('malformed',
                       f'ignored a malformed packet from {sender[0]}:{sender[1]} ({where}): {error}')
@@ -485,7 +492,10 @@ class CrtpPeer:
         return []
 
     def _setpoint(self, data):
-        kind, = _unpack('<B', data[:1])
+        kind = data[0] if data else None
+        size = SETPOINT_SIZES.get(kind, len(data) - 1)
+        if len(data) - 1 != size:
+            raise AssertionTripped(f'setpoint of type {kind} and {max(0, len(data) - 1)} bytes, expected {size}')
         if kind == 0:
             self.crazyflie.stop_setpoint()
         elif kind == 6:
@@ -500,9 +510,12 @@ class CrtpPeer:
             else:
                 self.crazyflie.set_rpyt(roll, -pitch, yaw_rate, thrust)
         elif kind in NOT_FOLLOWED:
+            if kind in VERTICAL_VELOCITY:
+                self.crazyflie.stop_setpoint()
             self._unsupported(f'the {NOT_FOLLOWED[kind]} setpoint (type {kind}), which the Mellinger '
                               'controller does not follow,')
-        else:
+        else:  # the firmware takes it for a setpoint without any mode
+            self.crazyflie.stop_setpoint()
             raise MalformedPacket(f'setpoint type {kind}')
         return []
 
@@ -513,10 +526,12 @@ class CrtpPeer:
                                       np.array(decompress_quaternion(numbers[9])), milli[9:12])
 
     def _meta_command(self, data):
-        command, remain_valid_ms = _unpack('<BI', data)
+        command, = _unpack('<B', data[:1])
         if command != 0:
             raise MalformedPacket(f'meta command {command}')
-        self.crazyflie.notify_setpoint_stop(remain_valid_ms)
+        if len(data) != 5:
+            raise AssertionTripped(f'notify-stop of {len(data)} bytes, expected 5')
+        self.crazyflie.notify_setpoint_stop(*_unpack('<I', data[1:]))
         return []
 
     def _high_level(self, data):
@@ -581,9 +596,7 @@ class CrtpPeer:
         return []
 
     def _extpose(self, position, quaternion):
-        norm = math.sqrt(sum(c * c for c in quaternion))
-        if not 0.9 < norm < 1.1:
-            raise MalformedPacket(f'pose with a quaternion of norm {norm:.3g}')
+        norm = math.sqrt(sum(c * c for c in quaternion)) or math.nan  # of no length: no attitude, so no number
         self.crazyflie.receive_extpose(np.array(position), np.array(quaternion) / norm)
 
     def _extpos_packed(self, data):

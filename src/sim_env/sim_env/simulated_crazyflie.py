@@ -241,6 +241,12 @@ class SimulatedCrazyflie:
         """Motors off and locked until reboot."""
         self.supervisor.emergency_stop()
 
+    def fail_assertion(self) -> None:
+        """What a failed assertion of the firmware does: it restarts, fails its self test for that reason and stays off
+        until the next restart."""
+        self.console.append('SYS: Assert failed')
+        self.supervisor.lock()
+
     def emergency_watchdog(self) -> None:
         """Feed the emergency-stop watchdog; the first call enables it."""
         self.supervisor.feed_watchdog(self._tick)

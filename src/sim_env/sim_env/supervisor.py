@@ -98,6 +98,10 @@ class Supervisor:
         """Stop at the next update and lock."""
         self._emergency = True
 
+    def lock(self) -> None:
+        """Motors off at once, until reboot."""
+        self.state, self.armed = State.LOCKED, False
+
     def feed_watchdog(self, tick: int) -> None:
         """The first call switches the watchdog on."""
         self._watchdog = tick
