@@ -12,7 +12,7 @@ from pathlib import Path
 
 FROM_ROS = ('rclpy', 'geometry_msgs', 'nav_msgs', 'trajectory_msgs', 'visualization_msgs', 'diagnostic_msgs',
             'std_srvs')
-FROM_PIP = ('torch', 'safetensors', 'yaml', 'cflib', 'natnet', 'rosbags', 'mcap', 'usb')
+FROM_PIP = ('torch', 'safetensors', 'yaml', 'cflib', 'natnet', 'rosbags.rosbag2', 'mcap', 'usb')
 OURS = ('deqmpc', 'deqmpc_ros', 'mocap_bridge', 'crazyflie_interface', 'deqmpc_controller', 'sim_env', 'flight_log',
         'deqmpc_bringup')
 
@@ -20,7 +20,8 @@ OURS = ('deqmpc', 'deqmpc_ros', 'mocap_bridge', 'crazyflie_interface', 'deqmpc_c
 def location(name: str) -> tuple[str, str]:
     """(file of the module, '') or ('', why it cannot be imported)."""
     try:
-        return str(importlib.import_module(name).__file__), ''
+        file = importlib.import_module(name).__file__
+        return (file, '') if file else ('', 'only a folder without code is found')
     except Exception as error:  # an extension built for another NumPy raises what it likes
         return '', f'{type(error).__name__}: {error}'
 
