@@ -21,7 +21,7 @@ setup(
           for folder in glob('../../config/*/') + glob('../../models/*/*/')],
     ],
     install_requires=['pyyaml', 'tqdm'],
-    extras_require={'test': ['pytest']},
+    extras_require={'test': ['pytest'], 'dask': ['distributed']},
     entry_points={
         'deqmpc.commands': [
             'emergency-stop = deqmpc_bringup.emergency_stop:main',

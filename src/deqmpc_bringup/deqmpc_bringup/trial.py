@@ -107,8 +107,12 @@ def memory_growth(run_dirs: list[Path]) -> str:
 
 def main(argv: list[str]) -> int:
     """Fly trials (preflight, arm, take off, start pose, engage, 200 ticks, land) and evaluate them."""
+    if argv and argv[0].endswith(('.yaml', '.yml')):
+        from deqmpc_bringup.campaign import main as campaign  # imports this module
+        return campaign(argv)
     parser = argparse.ArgumentParser(prog='deqmpc trial', description=main.__doc__)
-    parser.add_argument('mode', choices=('sim', 'hardware'))
+    parser.add_argument('mode', choices=('sim', 'hardware'), help='or the file of a campaign, such as '
+                        'config/trials/table1.yaml: see deqmpc trial FILE.yaml --help')
     parser.add_argument('arguments', nargs='*', metavar='name:=value', help='launch arguments of the mode')
     parser.add_argument('--seeds', default='0', help='N, N:M (M not included) or N,M,... (default 0)')
     parser.add_argument('--in-process', action='store_true',
