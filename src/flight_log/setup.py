@@ -26,6 +26,7 @@ setup(
         ],
         'deqmpc.commands': [
             'evaluate = flight_log.evaluate:main',
+            'import-flight = flight_log.importer:main',
             'recover = flight_log.evaluate:recover_main',
         ],
     },

@@ -217,9 +217,7 @@ def evaluate(flight: Flight, settings: EvaluationSettings = EvaluationSettings()
         away = np.linalg.norm(last.position - goal, axis=1)
         result.final_max, result.final_mean = float(away.max()), float(away.mean())
         result.reached_goal = result.success and result.final_max <= settings.reached
-    error = tracking(flight, start, end)[1]
-    if np.isfinite(error).any():
-        result.tracking_rms, result.tracking_max = metrics.rms(error), float(np.nanmax(error))
+    _judge_tracking(result, flight, start, end)
     battery = [s.battery_v for s in flight.status if start <= s.t < end and math.isfinite(s.battery_v)]
     result.battery_min_v = min(battery, default=math.nan)
     _judge_wires(result, flight, settings, start, end)
@@ -232,6 +230,12 @@ def tracking(flight: Flight, start: float, end: float) -> tuple[np.ndarray, np.n
     flown = flight.pose if flight.pose.t.size else flight.odom
     at_that_time = metrics.interpolate(sent.t, flown.t, flown.position)
     return sent.t, np.linalg.norm(sent.position - at_that_time, axis=1)
+
+
+def _judge_tracking(result, flight, start, end):
+    error = tracking(flight, start, end)[1]
+    if np.isfinite(error).any():
+        result.tracking_rms, result.tracking_max = metrics.rms(error), float(np.nanmax(error))
 
 
 def _judge_clearance(result, flown, distance, sphere, start):
@@ -282,6 +286,7 @@ def _judge_open_loop(result, flight, settings, states):
     result.duration = float(end - start)
     _judge_wires(result, flight, settings, start, end)
     result.steps = result.ticks
+    _judge_tracking(result, flight, start, end)
     distance, sphere = metrics.clearance(states.t, states.position, flight.spheres)
     _judge_clearance(result, states, distance, sphere, start)
 

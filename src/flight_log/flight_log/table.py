@@ -55,6 +55,7 @@ OPEN_LOOP_COLUMNS = (
     ('mocap', 'Hz', lambda e: _f(e.mocap_rate, 1)),
     ('gaps', '', lambda e: str(e.mocap_gaps)),
     ('longest', 'gap s', lambda e: _f(e.mocap_longest_gap, 3)),
+    ('track', 'rms m', lambda e: _f(e.tracking_rms, 3)),
     ('clear', 'min m', lambda e: _f(e.min_clearance, 3)),
 )
 
