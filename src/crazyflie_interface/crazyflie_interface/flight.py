@@ -289,6 +289,10 @@ class FlightManager:
         if not self._plan_fault and self._plan is not None and plan.stamp <= self._plan.stamp:
             self._plan_fault = (f'plan stamp is not after the last one, but {self._plan.stamp - plan.stamp:.3f} s '
                                 'before it')
+        if not self._plan_fault and self.phase == 'following':
+            apart = _distance(setpoint_at(plan, now).position, self._pose[1])
+            if apart > s.plan_jump:
+                self._plan_fault = f'plan is {apart:.2f} m away from the drone (limit {s.plan_jump} m)'
         if not self._plan_fault:
             self._plan, self._plan_received = plan, now
         return self._plan_fault

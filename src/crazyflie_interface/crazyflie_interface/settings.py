@@ -180,6 +180,9 @@ class FlightSettings(PreflightSettings, GuardSettings):
         3.0, 'Time (s) beyond its duration that a motion may take.', 0.5, 20.0)
     engage_jump: float = parameter(
         0.25, 'Distance (m) from the drone to the plan above which engage is refused.', 0.01, 2.0)
+    plan_jump: float = parameter(
+        0.5, 'Distance (m) from the drone to a new plan, at the present, above which it is refused while following.',
+        0.05, 5.0)
     plan_latency: float = parameter(
         0.5, "Age (s) of a plan's stamp on arrival above which it is refused.", 0.05, 5.0)
     arm_timeout: float = parameter(

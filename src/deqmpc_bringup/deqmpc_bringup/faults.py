@@ -42,6 +42,7 @@ class Fault:
     expected: str  # for armed, taking_off, holding, following, landing: see above
     within: float = math.inf  # s from its beginning to the first answer, where there is one
     lasts: float = math.inf  # s
+    landing_within: float = math.nan  # the same as `within` where it begins in a landing; NaN: `within`
     falls: bool = False  # it stops the motors by itself, or keeps the ground from reaching the drone
     settings: Settings = field(default_factory=dict)  # parameters that this fault is flown with
     arguments: dict[str, str] = field(default_factory=dict)  # launch arguments, likewise
@@ -51,6 +52,10 @@ class Fault:
         if len(self.expected.split()) != len(PHASES):
             raise ValueError(f'fault {self.name!r}: expected = {self.expected!r}; expected one word for each of '
                              f'{", ".join(PHASES)}')
+
+    def limit(self, phase: str) -> float:
+        """s to the first answer when the fault begins in `phase`."""
+        return self.within if phase != 'landing' or math.isnan(self.landing_within) else self.landing_within
 
     def answers(self, phase: str) -> tuple[str, ...]:
         """What may happen when the fault begins in `phase`; empty where it does not begin there."""
@@ -227,10 +232,8 @@ def pushed(force: tuple[float, float, float]) -> Inject:
 
 
 def flung(graph: InProcessGraph, rng: np.random.Generator) -> Undo:
-    """A blow that turns the drone upside down with 8 rad/s."""
-    p = graph.crazyflie.plant
-    p.qx, p.qy, p.qz, p.qw = 1.0, 0.0, 0.0, 0.0
-    p.wx = 8.0
+    """A blow on one arm, that leaves the drone turning with 35 rad/s."""
+    graph.crazyflie.plant.wx += 35.0
     return nothing
 
 
@@ -310,25 +313,29 @@ FAULTS: tuple[Fault, ...] = (
     Fault('mocap gap 0.15 s', LOST, 'none|refuse none none none none', lasts=0.15),
     Fault('mocap gap 0.3 s', LOST, 'none|refuse none none hold>land none', 0.25, 0.3, short=('following', 'holding')),
     Fault('mocap gap 1 s', LOST, 'refuse land land hold>land none', 0.55, 1.0),
-    Fault('mocap gap 3 s', LOST, 'refuse land>cut land>cut hold>land>cut cut|none', 1.55, 3.0),
-    Fault('mocap lost', LOST, 'refuse land>cut land>cut hold>land>cut cut|none', 1.55, short=PHASES),
+    Fault('mocap gap 3 s', LOST, 'refuse land>cut land>cut hold>land>cut cut|none', 0.55, 3.0, landing_within=1.55),
+    Fault('mocap lost', LOST, 'refuse land>cut land>cut hold>land>cut cut|none', 0.55,
+          landing_within=1.55, short=PHASES),
     Fault('mocap jump 0.5 m', JUMPED, 'none|refuse land|land>cut land|land>cut hold>land|hold>land>cut|land|land>cut'
-          ' none|cut', 0.75, short=('following', 'holding')),
-    Fault('mocap frozen', frozen, 'refuse land>cut land>cut hold>land>cut cut|none', 1.75),
+          ' none|cut', 0.55, landing_within=1.55, short=('following', 'holding')),
+    Fault('mocap frozen', frozen, 'refuse land>cut land>cut hold>land>cut cut|none', 0.65, landing_within=1.65),
     Fault('mocap wrong body', wrong_body, 'refuse land|land>cut land|land>cut '
-          'hold>land|hold>land>cut|land|land>cut none|cut', 0.75, short=('holding',)),
-    Fault('mocap body renamed', renamed, 'refuse land>cut land>cut hold>land>cut cut|none', 1.55, short=('holding',)),
+          'hold>land|hold>land>cut|land|land>cut none|cut', 0.55, landing_within=1.55, short=('holding',)),
+    Fault('mocap body renamed', renamed, 'refuse land>cut land>cut hold>land>cut cut|none', 0.55,
+          landing_within=1.55, short=('holding',)),
     Fault('mocap upside down', turned((1.0, 0.0, 0.0, 0.0)), 'refuse|disarm land|land>cut|cut land|land>cut|cut '
-          'hold>land|hold>land>cut|cut|hold>cut cut|none', 1.75),
+          'hold>land|hold>land>cut|cut|hold>cut cut|none', 0.55, landing_within=1.55),
     Fault('mocap heading flipped', turned((0.0, 0.0, 1.0, 0.0)), 'refuse land|land>cut|cut land|land>cut|cut '
-          'hold>land|hold>land>cut|hold>cut|land>cut cut|none', 0.75, short=('holding',)),
-    Fault('mocap NaN', NAN_POSE, 'refuse land>cut land>cut hold>land>cut cut|none', 1.55),
+          'hold>land|hold>land>cut|hold>cut|land>cut cut|none', 0.55, landing_within=1.55, short=('holding',)),
+    Fault('mocap NaN', NAN_POSE, 'refuse land>cut land>cut hold>land>cut cut|none', 0.55, landing_within=1.55),
     Fault('mocap latency 80 ms', LATE_FRAMES, 'none|refuse none none none|hold>land none', short=('following',)),
     Fault('mocap drop-outs 5 %', dropped(0.05), 'none none none none none'),
     Fault('mocap drop-outs 20 %', dropped(0.20), 'none|refuse none none none none'),
     Fault('mocap false poses 5 %', FALSE_POSES, 'none|refuse none none none none'),
-    Fault('mocap stamps 0.3 s late', LATE_STAMPS, 'refuse none|land none|land hold>land none|cut', 0.55),
-    Fault('mocap stamps backwards', stamps_backwards, 'refuse land>cut land>cut hold>land>cut cut|none', 1.55),
+    Fault('mocap stamps 0.3 s late', LATE_STAMPS, 'refuse none|land|land>cut none|land|land>cut '
+          'hold>land|hold>land>cut none|cut', 0.55, landing_within=1.55),
+    Fault('mocap stamps backwards', stamps_backwards, 'refuse land>cut land>cut hold>land>cut cut|none', 0.55,
+          landing_within=1.55),
 
     Fault('policy dies', policy_dies, 'none|refuse none none hold>land none', 0.55, short=('following', 'holding')),
     Fault('policy stalls 0.3 s', policy_dies, 'none|refuse none none none none', lasts=0.25),
@@ -338,12 +345,12 @@ FAULTS: tuple[Fault, ...] = (
     Fault('policy plans out of the fence', outward, '- - - hold>land -', 2.0),
     Fault('policy plans through a sphere', through_sphere, '- - - hold>land -', 1.0),
 
-    Fault('sphere appears on the drone', sphere_on_drone, '- none|land none|land hold>land|land none', 0.25),
+    Fault('sphere appears on the drone', sphere_on_drone, '- none|land none|land none|hold>land|land none', 0.25),
     Fault('obstacles die', obstacles_die, 'none|refuse none none hold>land none', 1.3, arguments=MOVING),
 
     Fault('pushed out of the fence', pushed((0.6, 0.0, 0.0)), '- land|cut|land>cut land|cut|land>cut '
           'hold>land|hold>cut|hold>land>cut|land|cut|land>cut none|cut', 0.6, 0.25, falls=True),
-    Fault('flung over', flung, '- cut cut cut|hold>cut cut', 0.5, falls=True),
+    Fault('flung over', flung, '- cut cut cut|hold>cut cut', 0.3, falls=True),
     Fault('battery sags to 3.25 V', battery(3.25), 'refuse land land land none', 3.2),
     Fault('battery critical, 3.1 V', battery(3.1), 'refuse land land land none', 0.8, short=('holding',)),
     Fault('supervisor crashed', supervisor_state(State.CRASHED), 'disarm cut cut cut none|cut', 0.25, falls=True),
@@ -351,13 +358,14 @@ FAULTS: tuple[Fault, ...] = (
           short=('taking_off',)),
     Fault('drone disarms itself', disarms, 'disarm cut cut cut none|cut', 0.25, falls=True, short=('landing',)),
     Fault('weak motor, 85 %', motor(0.85), 'none none none none none'),
-    Fault('motor lost', motor(0.0), 'none|refuse cut|land>cut cut cut|hold>cut|hold>land>cut|land>cut cut|none', 1.5,
-          falls=True),
+    Fault('motor lost', motor(0.0), 'none|refuse|cut cut|land>cut cut cut|hold>cut|hold>land>cut|land>cut cut|none',
+          1.5, falls=True),
 
-    Fault('radio link lost', link_down, 'disarm cut cut cut cut', 1.1, falls=True, settings=WATCHDOG,
+    Fault('radio link lost', link_down, 'disarm|land|land>cut land>cut land>cut land>cut|hold>land>cut cut|none', 2.1,
+          falls=True, settings=WATCHDOG,
           short=('holding',)),
     Fault('radio gap 0.4 s', link_down, 'none|refuse none none none none', lasts=0.4),
-    Fault('telemetry silent', silent, 'refuse land land land none', 1.2, short=('taking_off',)),
+    Fault('telemetry silent', silent, 'refuse|land land land land none', 1.2, short=('taking_off',)),
     Fault('radio loses 20 %', lossy, 'none|refuse none none none none'),
 
     Fault('clock set +1 s', clock_set(1.0), 'none|refuse none|land none|land none|hold>land|land none', 0.6),
@@ -365,13 +373,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault('clock set +1 h', clock_set(3600.0), 'none|refuse none|land none|land none|hold>land|land none', 0.6),
     Fault('clock set -1 h', clock_set(-3600.0), 'none|refuse none|land none|land none|hold>land|land none', 0.6,
           short=('following', 'landing')),
-    Fault('recorder dies', recorder_dies, 'none|refuse none|land none|land none|hold>land|land none'),
+    Fault('recorder dies', recorder_dies, 'none|refuse|land land land land none', 6.5),
 
     Fault('mocap lost, battery critical', together(LOST, battery(3.1)),
-          'refuse land>cut land>cut hold>land>cut cut|none', 1.55, short=('following',)),
+          'refuse land>cut land>cut hold>land>cut cut|none', 0.55, landing_within=1.55),
     Fault('policy dead, mocap gap 0.3 s', together(policy_dies, LOST), 'none|refuse none none hold>land none', 0.25,
           0.3),
     Fault('clock set -1 s, mocap lost', together(clock_set(-1.0), LOST), 'refuse land>cut land>cut '
-          'hold>land>cut|land>cut cut|none', 1.55),
+          'hold>land>cut|land>cut cut|none', 0.55, landing_within=1.55),
     Fault('telemetry silent, policy dead', together(silent, policy_dies), 'refuse land land hold>land none', 1.2),
 )

@@ -194,7 +194,7 @@ def fly(fault: Fault, phase: str, seed: int = 0) -> Outcome:
         graph.at(watch.began + fault.lasts, undo)
     if phase == 'armed':
         graph.at(watch.began + 0.5, pilot.take_off)
-    last = max(t for t in (fault.within, fault.lasts, 0.5, 2.5 * (phase == 'armed')) if math.isfinite(t))
+    last = max(t for t in (fault.limit(phase), fault.lasts, 0.5, 2.5 * (phase == 'armed')) if math.isfinite(t))
     graph.at(watch.began + last + WAIT, lambda: None if watch.answers else pilot.end())
     while graph.crazyflie.time - watch.began < LIMIT:
         graph.advance()
@@ -213,8 +213,8 @@ def judge(fault: Fault, phase: str, pilot: Pilot, watch: Watch) -> Outcome:
     problems = []
     if answer not in expected:
         problems.append(f'answer {answer}, expected {"|".join(expected)}')
-    if watch.reaction > fault.within:
-        problems.append(f'answered after {watch.reaction:.2f} s, limit {fault.within:g} s')
+    if watch.reaction > fault.limit(phase):
+        problems.append(f'answered after {watch.reaction:.2f} s, limit {fault.limit(phase):g} s')
     if end == 'undecided':
         problems.append(f'still in phase {watch.graph.flight.phase} after {LIMIT:g} s')
     if watch.touchdown > SOFT and not fault.falls and 'cut' not in answer:

@@ -55,7 +55,6 @@ CONDUCTOR_PERIOD = 0.1  # s, as the trial node steps
 STATUS_PERIOD = 0.1  # s
 REPORT_PERIOD = 1.0  # s, of the mocap bridge and the recorder
 OBSTACLE_PERIOD = 0.1  # s, of moving spheres
-ECHO_PERIOD = session.ClientSettings().echo_period  # s
 DISK_FREE = 100_000_000_000  # bytes, of the simulated computer
 NETWORK_DELAY = 2e-4  # s, of a datagram from the mocap system
 EPOCH = 1000.0  # s, the simulated ROS clock at the start; 0 would look like an unset stamp
@@ -130,7 +129,7 @@ class InProcessGraph:
         self._order = 0
         self.radio.connect()
         self.radio.set_and_check_parameters()
-        self.every(ECHO_PERIOD, self._echo)
+        self._echo()
         for period, action in ((TICK, self._tick_flight), (STATUS_PERIOD, self._publish_status),
                                (self._policy_period, self._tick_policy), (REPORT_PERIOD, self._report)):
             self.every(period, action)
@@ -205,6 +204,9 @@ class InProcessGraph:
         now, server = self.now, self.crazyflie.time
         self._mocap_session.clock.observe_echo(now - NETWORK_DELAY, server, now + NETWORK_DELAY)
         self._mocap_session.counters.echoes += 1
+        asks = self._mocap_session.settings
+        pause = asks.echo_period if self._mocap_session.clock.settled else asks.first_echo_period
+        self.at(server + pause, self._echo)
 
     def _on_frame(self, frame: MocapFrame) -> None:
         clock = self._mocap_session.clock

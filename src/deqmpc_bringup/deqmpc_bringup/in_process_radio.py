@@ -17,9 +17,8 @@ from crazyflie_interface.radio import Telemetry
 from crazyflie_interface.setpoint import Setpoint, int16_milli_to_cflib_si, si_to_int16_milli
 from sim_env.simulated_crazyflie import SimulatedCrazyflie
 
-# s of silence on the air after which cflib ends a radio link: 100 packets without an answer
-# (radiodriver.py), each tried four times, at the 10 ms that it leaves between them.
-LOST_AFTER = 1.0
+# s of silence on the air after which CflibRadio's link counts as lost (cflib_link.LOST_PACKETS)
+LOST_AFTER = 2.0
 _LOG_PERIOD = 1e-3 * LOG_BLOCKS['state'][0]  # s
 
 
