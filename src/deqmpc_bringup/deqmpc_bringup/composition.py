@@ -269,6 +269,8 @@ def _check_parameter_file(path, table):
         raise CompositionError(f'parameter file {path}: expected a mapping of namespaces to nodes')
     names = {node.get('name', key): None for key, node in table['nodes'].items()}
     for namespace, sections in data.items():
+        if not re.fullmatch(r'(/(\*\*?|[A-Za-z]\w*))+', namespace):
+            raise CompositionError(f'parameter file {path}: namespace {namespace!r}; expected one such as /** or /cf1')
         for node, section in sections.items():
             if (node not in names or not isinstance(section, dict)
                     or set(section) != {'ros__parameters'}):
