@@ -1,11 +1,12 @@
-"""Tick to published plan in the running ROS graph: latency, missed ticks, memory.
+"""Tick to published plan in the running ROS graph: latency, missed ticks, memory, file handles.
 
   python benchmarks/graph.py [--seconds 60] [--rate 10] [--json graph.json] [name:=value ...]
 
 Starts `deqmpc fly sim` (simulator, mocap bridge, obstacles, policy, interface, recorder) with the policy at `rate`,
 and reads the bag: every tick reports itself on /diagnostics (deqmpc.interface.POLICY_KEYS). Counted are all ticks
 from the first accepted plan on. Tick to plan runs from the instant the tick was due to the return of publish().
-Memory and CPU time are those of the processes, from /proc. The drone stands on the floor, unless trial:=true
+Memory, file handles and CPU time are those of the processes, from /proc; for a soak (--seconds 3600) compare start and
+end, and the ticks of the first and the last tenth. The drone stands on the floor, unless trial:=true
 (and max_steps:=N, obstacles:=moving, ...) is among the launch arguments.
 """
 
@@ -34,11 +35,12 @@ PAGE = os.sysconf('SC_PAGE_SIZE')
 
 
 class Processes(threading.Thread):
-    """Samples resident memory (bytes) and CPU time (s) of this process's children once a second."""
+    """Samples resident memory (bytes), CPU time (s) and open files of this process's children once a second."""
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.samples: dict[str, list[tuple[float, int, float]]] = {}  # executable: (Unix time, memory, CPU time)
+        # executable: (Unix time, memory, CPU time, open files)
+        self.samples: dict[str, list[tuple[float, int, float, int]]] = {}
         self._stop_asked = threading.Event()
 
     def run(self):
@@ -50,7 +52,8 @@ class Processes(threading.Thread):
                         words = (folder / 'cmdline').read_bytes().split(b'\0')
                         name = next(Path(w.decode()).name for w in words if w.endswith(b'_node'))
                         self.samples.setdefault(name, []).append((
-                            time.time(), int(fields[21]) * PAGE, (int(fields[11]) + int(fields[12])) / TICKS_A_SECOND))
+                            time.time(), int(fields[21]) * PAGE, (int(fields[11]) + int(fields[12])) / TICKS_A_SECOND,
+                            len(os.listdir(folder / 'fd'))))
                 except (FileNotFoundError, ProcessLookupError, StopIteration):
                     continue  # it ended meanwhile, or has not become a node yet
 
@@ -75,7 +78,7 @@ def measure(seconds: float, rate: float, given: dict[str, str]) -> dict:
             raise RuntimeError(f'the graph ended by itself with exit status {status}')
         reports = [d for _, _, _, m in read_bag(run_dir / 'bag', [interface.DIAGNOSTICS.name])
                    for d in interface.read_diagnostics(m)]
-    ticks = [d for d in reports if d.name.endswith('/policy')]
+    ticks = [d for d in reports if d.name.endswith('/policy') and '/preflight/' not in d.name]
     simulator = [d.values for d in reports if d.name.endswith('/sim')]
     first = next((i for i, d in enumerate(ticks) if d.values['gate'] == 'accepted'), None)
     if first is None:
@@ -102,14 +105,16 @@ def summary(ticks: list[interface.Diagnostic], rate: float, samples: dict) -> di
     for key in ('tick_ms', 'solve_ms', 'latency_ms'):
         values = np.array([float(d.values[key]) for d in ticks])
         row[key] = dict(median=float(np.median(values)), p99=float(np.percentile(values, 99)),
-                        p999=float(np.percentile(values, 99.9)), max=float(values.max()))
+                        p999=float(np.percentile(values, 99.9)), max=float(values.max()),
+                        first=float(np.percentile(values[:len(values) // 10 + 1], 99)),
+                        last=float(np.percentile(values[-(len(values) // 10 + 1):], 99)))
     row['processes'] = {}
     for name, series in sorted(samples.items()):
         series = [s for s in series if ticks[0].stamp <= s[0] <= ticks[-1].stamp]
         if len(series) > 1:
-            (t0, memory_0, cpu_0), (t1, memory_1, cpu_1) = series[0], series[-1]
-            row['processes'][name] = dict(start_mb=1e-6 * memory_0, end_mb=1e-6 * memory_1,
-                                          cpu=(cpu_1 - cpu_0) / (t1 - t0))
+            (t0, memory_0, cpu_0, files_0), (t1, memory_1, cpu_1, files_1) = series[0], series[-1]
+            row['processes'][name] = dict(start_mb=1e-6 * memory_0, end_mb=1e-6 * memory_1, start_files=files_0,
+                                          end_files=files_1, cpu=(cpu_1 - cpu_0) / (t1 - t0))
     return row
 
 
@@ -125,12 +130,12 @@ def main() -> int:
           f'{row["missed"]} missed, {row["refused"]} without a plan, {row["recorded"]} recorded; '
           f'simulator at most {row["simulator_lag_ms"]:.1f} ms late, {row["simulator_slips"]} slips; '
           f'load {row["load"]:.1f}, {row["stolen_s"]:.2f} s of processor time stolen by the host')
-    print(f'{"ms":24}{"median":>9}{"99 %":>9}{"99.9 %":>9}{"max":>9}')
+    print(f'{"ms":24}{"median":>9}{"99 %":>9}{"99.9 %":>9}{"max":>9}   99 % of the first and last tenth')
     for key, name in (('tick_ms', 'tick to plan'), ('solve_ms', 'policy call'), ('latency_ms', 'odometry to plan')):
-        print(f'{name:24}' + ''.join(f'{row[key][k]:9.2f}' for k in ('median', 'p99', 'p999', 'max')))
-    print(f'{"process":24}{"CPU":>9}{"MB start":>9}{"MB end":>9}')
+        print(f'{name:24}' + ''.join(f'{row[key][k]:9.2f}' for k in ('median', 'p99', 'p999', 'max', 'first', 'last')))
+    print(f'{"process":24}{"CPU":>9}{"MB start":>9}{"MB end":>9}{"files":>9}{"end":>6}')
     for name, p in row['processes'].items():
-        print(f'{name:24}{p["cpu"]:9.1%}{p["start_mb"]:9.1f}{p["end_mb"]:9.1f}')
+        print(f'{name:24}{p["cpu"]:9.1%}{p["start_mb"]:9.1f}{p["end_mb"]:9.1f}{p["start_files"]:9}{p["end_files"]:6}')
     if options.json:
         Path(options.json).write_text(json.dumps(row, indent=1) + '\n')
     return 0
