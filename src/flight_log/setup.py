@@ -16,7 +16,7 @@ setup(
     ],
     package_data={'flight_log': ['web/*']},
     install_requires=['numpy', 'pyyaml', 'rosbags>=0.11', 'mcap>=1.6', 'lz4', 'matplotlib', 'tqdm', 'plotly>=6'],
-    extras_require={'test': ['pytest'], 'table': ['pyarrow']},
+    extras_require={'test': ['pytest'], 'table': ['pyarrow'], 'view': ['rerun-sdk~=0.41.0']},
     entry_points={
         'console_scripts': [
             'recorder_node = flight_log.recorder_node:main',
@@ -28,6 +28,7 @@ setup(
             'evaluate = flight_log.evaluate:main',
             'import-flight = flight_log.importer:main',
             'recover = flight_log.evaluate:recover_main',
+            'view = flight_log.view:main',
         ],
     },
     zip_safe=True,
