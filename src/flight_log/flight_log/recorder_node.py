@@ -63,8 +63,8 @@ class Recorder(Node):
         self.diagnostics = ros.publisher(self, interface.DIAGNOSTICS, self.robot)
         self.subscribers = [*(self._subscribe(topic, self.robot) for topic in interface.RECORDED),
                             *(self._subscribe(interface.ODOM, name) for name in settings.neighbours)]
-        self.create_timer(FLUSH_SECONDS, self._flush)
-        self.create_timer(1.0, self._report)
+        ros.steady_timer(self, FLUSH_SECONDS, self._flush)
+        ros.steady_timer(self, 1.0, self._report)
         self.get_logger().info(f'recording {len(self.subscribers)} topics of {self.robot} to {path}')
 
     def _subscribe(self, topic: interface.Topic, robot: str):

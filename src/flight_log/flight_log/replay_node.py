@@ -48,7 +48,7 @@ class Replay(Node):
         self.diagnostics = ros.publisher(self, interface.DIAGNOSTICS, self.robot)
         self.outputs = {t.topic.name: ros.publisher(self, t.topic, self.robot) for t in self.tracks}
         self.stopping = threading.Event()
-        self.create_timer(1.0, self._report)
+        ros.steady_timer(self, 1.0, self._report)
         self.thread = threading.Thread(target=self._play, daemon=True)
         self.thread.start()
 

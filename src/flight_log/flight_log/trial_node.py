@@ -42,8 +42,8 @@ class Trial(Node):
             (interface.PLAN, self._on_plan), (interface.DIAGNOSTICS, self._on_diagnostics),
             (interface.OBSTACLES, self._on_obstacles))]
         self.diagnostics = ros.publisher(self, interface.DIAGNOSTICS, self.robot)
-        self.create_timer(1.0 / STEP_HZ, self._step)
-        self.create_timer(1.0, self._report)
+        ros.steady_timer(self, 1.0 / STEP_HZ, self._step)
+        ros.steady_timer(self, 1.0, self._report)
 
     # --- messages in ---
 

@@ -92,8 +92,8 @@ class Visual(Node):
         self.diagnostics = ros.publisher(self, interface.DIAGNOSTICS, self.robot)
         self.subscribers = [ros.subscription(self, topic, self.robot, callback) for topic, callback in (
             (interface.PLAN, self._on_plan), (interface.POSE, self._on_pose), (interface.STATUS, self._on_status))]
-        self.create_timer(PERIOD, self._draw)
-        self.create_timer(1.0, self._report)
+        ros.steady_timer(self, PERIOD, self._draw)
+        ros.steady_timer(self, 1.0, self._report)
 
     def _publish(self, topic: interface.Topic, message) -> None:
         self.outputs[topic.name].publish(message)

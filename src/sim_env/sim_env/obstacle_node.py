@@ -12,7 +12,7 @@ from deqmpc import interface, obstacles
 from deqmpc.obstacles import FieldSettings, ObstacleField
 from deqmpc.types import Obstacles
 from deqmpc_ros.messages import TYPES
-from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run
+from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run, steady_timer
 
 _PERIOD = 0.1  # s between two arrays of moving spheres
 _DRAWN = FieldSettings()
@@ -92,9 +92,9 @@ class ObstacleNode(Node):
         self.diagnostics = publisher(self, interface.DIAGNOSTICS, self.robot)
         self.start = now(self)
         if settings.mode == 'moving':
-            self.create_timer(_PERIOD, self._publish)
+            steady_timer(self, _PERIOD, self._publish)
         self._publish()
-        self.create_timer(1.0, self._report)
+        steady_timer(self, 1.0, self._report)
         count = self._count()
         source = settings.file or f'seed {settings.seed}'
         self.get_logger().info(f'{count} spheres, {settings.mode}' + (f', from {source}' if count else ''))

@@ -18,7 +18,17 @@ from rclpy.node import Node
 from deqmpc import interface
 from deqmpc.airframe import Airframe
 from deqmpc_ros.messages import TYPES
-from deqmpc_ros.node import FlightWatch, SettingsError, declare, now, parameter, publisher, robot_name, run
+from deqmpc_ros.node import (
+    FlightWatch,
+    SettingsError,
+    declare,
+    now,
+    parameter,
+    publisher,
+    robot_name,
+    run,
+    steady_timer,
+)
 from sim_env.crtp_peer import CrtpPeer, LinkDirection
 from sim_env.mocap_noise import MocapSensor, MocapSettings
 from sim_env.natnet_packets import VERSIONS, Body
@@ -192,8 +202,8 @@ class SimNode(Node):
         self.watches = [FlightWatch(self, name) for name in self.robots]
         self._next_truth = 0.0
         self._slips = 0
-        self.create_timer(_LOOP, self._advance)
-        self.create_timer(1.0, self._report)
+        steady_timer(self, _LOOP, self._advance)
+        steady_timer(self, 1.0, self._report)
         for name, drone in zip(self.robots, self.lab.drones.values(), strict=True):
             p = drone.crazyflie.truth().position
             self.get_logger().info(

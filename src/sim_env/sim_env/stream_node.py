@@ -10,7 +10,7 @@ from rclpy.node import Node
 
 from deqmpc import interface
 from deqmpc_ros.messages import TYPES
-from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run
+from deqmpc_ros.node import SettingsError, declare, now, parameter, publisher, robot_name, run, steady_timer
 from sim_env.natnet_packets import VERSIONS, Body
 from sim_env.natnet_server import NatNetServer, NatNetSettings
 from sim_env.player import Player
@@ -82,8 +82,8 @@ class StreamNode(Node):
         self.diagnostics = publisher(self, interface.DIAGNOSTICS, self.robot)
         self.finished, self.exit_status = False, 0
         self._begin, self._end = time.monotonic(), None
-        self.create_timer(_LOOP, self._advance)
-        self.create_timer(1.0, self._report)
+        steady_timer(self, _LOOP, self._advance)
+        steady_timer(self, 1.0, self._report)
         address = self.player.server.address
         log.info(f'{self.settings.file} as {self.player.body} at NatNet {address[0]}:{address[1]}')
 
