@@ -27,6 +27,7 @@ from crazyflie_interface.settings import FlightSettings
 from crazyflie_interface.stamp_clock import StampClock
 from deqmpc import interface
 from deqmpc.dynamics import rotation
+from deqmpc.neighbours import ColumnSettings, Neighbours
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 
 TICK = 0.02  # s, period of FlightManager.tick
@@ -92,6 +93,8 @@ class FlightManager:
         self._odometry: tuple[float, np.ndarray] | None = None  # arrival, velocity
         self._odometry_fault = ''
         self._obstacles = Obstacles.none()  # stamped on the steady clock
+        s = self.settings
+        self._neighbours = Neighbours(s.neighbours, ColumnSettings(s.neighbour_radius, s.neighbour_spacing, 0.0))
         self.stamps = StampClock(self.settings.clock_step)
         self.heard: dict[str, tuple[float, interface.Diagnostic]] = {}  # node -> arrival, newest status
         self._last_setpoint: Setpoint | None = None
@@ -322,6 +325,14 @@ class FlightManager:
         self._obstacles = dataclasses.replace(obstacles, stamp=self.stamps.steady(obstacles.stamp, now))
         self._spheres_heard = True
 
+    def on_neighbour(self, name: str, state: RigidBodyState, now: float) -> None:
+        """Odometry of another robot of the settings' `neighbours`, stamped in ROS time."""
+        self._neighbours.on_odometry(name, dataclasses.replace(state, stamp=self.stamps.steady(state.stamp, now)))
+
+    def _spheres(self, now: float) -> Obstacles:
+        """The virtual spheres, and the other drones as columns of them, as they are now."""
+        return self._neighbours.join(self._obstacles, now).at(now)
+
     def on_diagnostic(self, node: str, diagnostic: interface.Diagnostic, now: float) -> None:
         """One status of /diagnostics of this robot's `node` (policy, recorder, mocap, ...)."""
         self.heard[node] = (now, diagnostic)
@@ -409,9 +420,9 @@ class FlightManager:
     def _meetings(self, setpoint, fault, velocity, now) -> dict[str, collision.Encounter]:
         """The flown plan and the measured motion with the spheres, while a plan is followed."""
         s = self.settings
-        if setpoint is None or fault or s.collision_horizon == 0.0 or len(self._obstacles.radius) == 0:
+        ahead, spheres = collision.instants(s.collision_horizon), self._spheres(now)
+        if setpoint is None or fault or s.collision_horizon == 0.0 or len(spheres.radius) == 0:
             return {}
-        ahead, spheres = collision.instants(s.collision_horizon), self._obstacles.at(now)
         plan = positions_at(self._plan, now + s.look_ahead + ahead)
         meetings = {'planned': collision.encounter(plan, ahead, spheres)}
         if velocity is not None:
@@ -422,7 +433,7 @@ class FlightManager:
 
     def _ways_out(self, now) -> dict[str, collision.Encounter]:
         """A hold and a landing from where the drone would be held, with the spheres."""
-        s, spheres = self.settings, self._obstacles.at(now)
+        s, spheres = self.settings, self._spheres(now)
         ahead = collision.instants(s.hold_land)
         place, _ = self._hold_pose()
         hold = np.tile(place, (len(ahead), 1))
@@ -681,7 +692,7 @@ class FlightManager:
             now=now, phase=self.phase, telemetry=self.radio.telemetry(), position=position, quaternion=quaternion,
             pose_age=self._pose_age(now), pose_fault=self._pose_fault, arrivals=arrivals, latencies=latencies,
             plan_age=now - self._plan_received, plan_fault=self._plan_fault,
-            obstacles=self._obstacles.at(now) if self._spheres_heard else None, heard=heard,
+            obstacles=self._spheres(now) if self._spheres_heard else None, heard=heard,
             clock_difference=self._clock_difference,
             clock_step=self.stamps.last_step if self.stamps.settling(now) else 0.0), self.settings, self._body)
 

@@ -37,7 +37,7 @@ an answer that is milder than the phase (hold while landing) changes nothing.
     setpoint not finite, beyond the radio, or out of the   following    hold    at once, before it is sent
     fence
     flown plan or measured motion meets a virtual sphere   following    hold    collision_margin within
-                                                                                collision_horizon for collision_time
+    or another drone (neighbour_*)                                              collision_horizon for collision_time
     ... and the hold would be hit, a landing less          following,   land    collision_margin within hold_land
                                                            guard's hold
     system clock was set                                   following    hold    clock_step
@@ -50,7 +50,7 @@ quaternion has no unit norm, its stamp does not advance (late poses are as old a
 when it repeats the last one bit for bit (frozen) or lies where no drone can have flown since (jump_*: a jump,
 another body, a flipped attitude), and then for as long as it stays there. Odometry: not finite, or away from the
 pose. A plan: not finite, times that do not increase, no unit quaternion, a stamp that does not advance or is
-further than plan_latency from the present.
+further than plan_latency from the present, or, while following, a beginning further than plan_jump from the drone.
 
 Ages and times are of the steady clock; the ROS clock may be set without making anything older or younger
 (stamp_clock). Requests end a flight too: land, emergency (from any phase), and shutdown of the node, which lands.

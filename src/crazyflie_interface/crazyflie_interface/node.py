@@ -60,6 +60,8 @@ class CrazyflieInterface(Node):
             (interface.POSE, self._on_pose), (interface.ODOM, self._on_odometry),
             (interface.PLAN, self._on_plan), (interface.GO_TO, self._on_go_to),
             (interface.OBSTACLES, self._on_obstacles), (interface.DIAGNOSTICS, self._on_diagnostics))]
+        self._inputs += [subscription(self, interface.ODOM, name, lambda msg, name=name: self.manager.on_neighbour(
+            name, interface.read_odometry(msg), self._now())) for name in self.settings.neighbours]
         self._requests = [
             self.create_service(message_class(kind), name, getattr(self, f'_on_{name}'))
             for name, kind in interface.SERVICES.items()]

@@ -304,7 +304,6 @@ def recorder_dies(graph: InProcessGraph, rng: np.random.Generator) -> Undo:
     return put(graph, 'recorder_alive', False)
 
 
-WATCHDOG: Settings = {'crazyflie_interface': {'firmware_watchdog': 'true'}}
 MOVING = {'obstacles': 'moving'}
 
 # Mocap: hold at 0.2 s, land at 0.5 s, cut at 1.5 s without a pose. A landing from 1 m takes 2.5 s.
@@ -362,8 +361,7 @@ FAULTS: tuple[Fault, ...] = (
           1.5, falls=True),
 
     Fault('radio link lost', link_down, 'disarm|land|land>cut land>cut land>cut land>cut|hold>land>cut cut|none', 2.1,
-          falls=True, settings=WATCHDOG,
-          short=('holding',)),
+          falls=True, short=('holding',)),
     Fault('radio gap 0.4 s', link_down, 'none|refuse none none none none', lasts=0.4),
     Fault('telemetry silent', silent, 'refuse|land land land land none', 1.2, short=('taking_off',)),
     Fault('radio loses 20 %', lossy, 'none|refuse none none none none'),

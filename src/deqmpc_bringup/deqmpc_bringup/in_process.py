@@ -157,11 +157,12 @@ class InProcessGraph:
             heapq.heappop(self._queue)[2]()
 
     def on_neighbour(self, name: str, state: RigidBodyState) -> None:
-        """Odometry of another drone of a fleet, as policy and recorder hear it."""
+        """Odometry of another drone of a fleet, as policy, guard and recorder hear it."""
         if self._bag is not None:
             message = interface.odometry_message(self._types, state, name)
             self._bag.write_message(interface.ODOM, name, self.now, message)
         self._loop.neighbours.on_odometry(name, state)
+        self.flight.on_neighbour(name, state, self.steady)
 
     def close(self) -> None:
         """Close the bag."""
