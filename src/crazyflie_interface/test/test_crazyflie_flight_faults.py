@@ -295,12 +295,12 @@ def test_a_plan_that_leads_out_of_a_sphere_that_appeared_on_the_drone_is_followe
     assert b.manager.phase == 'following'
 
 
-def test_a_plan_into_another_drone_is_held_and_a_stranger_is_an_error():
+def test_a_plan_into_another_drone_is_not_followed_and_a_stranger_is_an_error():
     b = in_phase('following', neighbours=['cf2'])
     b.plan_velocity = np.array([0.5, 0.0, 0.0])
     b.manager.on_neighbour('cf2', RigidBodyState(b.now, b.position + [1.2, 0.0, 0.0], LEVEL, np.array([-0.2, 0.0, 0.0]),
                                                  np.zeros(3)), b.now)
-    b.until('holding')
+    b.until('landing')  # the other flies on towards the place where it would hold
     assert 'the plan meets a sphere' in b.manager.reason and b.position[0] < 0.9
     with pytest.raises(KeyError):
         b.manager.on_neighbour('cf9', RigidBodyState(b.now, b.position, LEVEL, np.zeros(3), np.zeros(3)), b.now)
