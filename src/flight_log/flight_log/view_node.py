@@ -53,7 +53,9 @@ class LiveView(Node):
         return ros.subscription(self, topic, robot, functools.partial(self._show, topic, robot))
 
     def _show(self, topic: interface.Topic, robot: str, message) -> None:
-        self.scene.show(topic, robot, message, ros.now(self))
+        now = ros.now(self)
+        if self.scene.due(topic, robot, now):
+            self.scene.show(topic, robot, message, now)
 
     def _advance(self) -> None:
         if self.scene.started:

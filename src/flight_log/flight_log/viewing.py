@@ -34,6 +34,8 @@ from flight_log.bag import BagError, deserialize, opened
 OF_ROBOT = (interface.POSE, interface.ODOM, interface.PLAN, interface.SETPOINT, interface.STATUS)
 OF_ALL = (interface.OBSTACLES, interface.DIAGNOSTICS)
 
+FRAME = 0.03  # s between two drawings of what comes faster than a screen shows: poses and setpoints
+FAST = (interface.POSE, interface.ODOM, interface.SETPOINT)
 PATH_STEP = 0.02  # m between two points of the flown path
 PLAN_SILENCE = 0.5  # s, five ticks at 10 Hz: then the drawn plan is nobody's plan any more
 SILENCES = {interface.POSE: 0.5, interface.STATUS: 1.0}  # s without a message that the log mentions
@@ -63,6 +65,7 @@ class _Robot:
 
     color: tuple[int, int, int]
     heard: dict[interface.Topic, float] = field(default_factory=dict)  # s, the last message of a topic
+    drawn: dict[interface.Topic, float] = field(default_factory=dict)  # s, the last one drawn of FAST
     corner: np.ndarray | None = None  # (3,) m, the flown path's last point
     plan_drawn: bool = False
 
@@ -92,7 +95,8 @@ class Scene:
     def add(self, robot: str) -> None:
         """Show `robot` from now on."""
         self.robots[robot] = _Robot(_PATHS[len(self.robots) % len(_PATHS)])
-        shape = rr.Boxes3D(half_sizes=[BODY], colors=[_COLORS[interface.STALE]], fill_mode='solid', labels=[robot])
+        # Without a colour: one that is static would hide every later one.
+        shape = rr.Boxes3D(half_sizes=[BODY], fill_mode='solid', labels=[robot])
         self.recording.log(f'world/{robot}/body', shape, static=True)
         self.recording.log(f'world/{robot}', rr.TransformAxes3D(AXES), static=True)
         for name, colors in _STATES.items():
@@ -100,14 +104,27 @@ class Scene:
                 values=list(colors), labels=list(colors), colors=list(colors.values())), static=True)
         self.recording.send_blueprint(blueprint(self.robots, self._path_seconds, self._follow))
 
+    def due(self, topic: interface.Topic, robot: str, time: float) -> bool:
+        """Take note that a message came at `time` (s); True when it is to be decoded and shown. Not shown: what is
+        too soon after the last one (`FRAME`), and odometry where poses come. `robot`: whose topic, of those added;
+        of a topic of all it is not read."""
+        if topic not in OF_ROBOT:
+            return True
+        of = self.robots[robot]
+        of.heard[topic] = time
+        if topic is interface.ODOM and interface.POSE in of.heard:
+            return False
+        # Half a mocap period earlier will do: every third pose of 100 Hz, in spite of jitter.
+        if topic in FAST and 0.0 <= time - of.drawn.get(topic, -math.inf) < FRAME - 0.005:
+            return False
+        of.drawn[topic] = time
+        return True
+
     def show(self, topic: interface.Topic, robot: str, message, time: float) -> None:
-        """Draw one message that came at `time` (s). `robot`: whose topic, of those added; of a topic of all it is
-        not read. A message that cannot be read is a line in the log."""
+        """Draw one message that was `due` at `time` (s). One that cannot be read is a line in the log."""
         self.advance(time)
-        if robot in self.robots:
-            self.robots[robot].heard[topic] = time
         try:
-            _DRAW[topic](self, robot, message, time)
+            _DRAW[topic](self, robot, message)
         except ValueError as error:
             self._say(f'log/{topic.resolve(robot).strip("/")}', f'unreadable: {error}', interface.ERROR)
 
@@ -146,17 +163,15 @@ class Scene:
         if math.isfinite(value):
             self.recording.log(entity, rr.Scalars(value))
 
-    def _pose(self, name, message, time) -> None:
+    def _pose(self, name, message) -> None:
         _, position, quaternion = interface.read_pose(message)
-        self._place(name, position, quaternion, time)
+        self._place(name, position, quaternion)
 
-    def _odometry(self, name, message, time) -> None:
-        if interface.POSE in self.robots[name].heard:
-            return
+    def _odometry(self, name, message) -> None:
         state = interface.read_odometry(message)
-        self._place(name, state.position, state.quaternion, time)
+        self._place(name, state.position, state.quaternion)
 
-    def _place(self, name, position, quaternion, time) -> None:
+    def _place(self, name, position, quaternion) -> None:
         if not (np.isfinite(position).all() and np.isfinite(quaternion).all() and np.any(quaternion)):
             raise ValueError(f'position {position}, quaternion {quaternion}; expected finite numbers')
         robot = self.robots[name]
@@ -169,21 +184,21 @@ class Scene:
                 [[robot.corner, position]], colors=[robot.color], radii=[0.004]))
             robot.corner = position
 
-    def _plan(self, name, message, time) -> None:
+    def _plan(self, name, message) -> None:
         plan = interface.read_plan(message)
         self.robots[name].plan_drawn = True
         self.recording.log(f'world/plan/{name}', rr.LineStrips3D([plan.position], colors=[_PLAN], radii=[0.006]),
                            rr.Points3D(plan.position, colors=[_PLAN], radii=[0.012]))
 
-    def _setpoint(self, name, message, time) -> None:
+    def _setpoint(self, name, message) -> None:
         position = interface.read_plan(message).position[:1]
         self.recording.log(f'world/setpoint/{name}', rr.Points3D(position, colors=[_SETPOINT], radii=[0.015]))
 
-    def _obstacles(self, _, message, time) -> None:
+    def _obstacles(self, _, message) -> None:
         spheres = interface.read_obstacles(message)
         self.recording.log('world/obstacles', rr.Points3D(spheres.position, radii=spheres.radius, colors=[_SPHERE]))
 
-    def _diagnostics(self, _, message, time) -> None:
+    def _diagnostics(self, _, message) -> None:
         for status in interface.read_diagnostics(message):
             robot, _, rest = status.name.partition('/')
             if rest and robot not in self.robots:
@@ -283,15 +298,16 @@ def show_bag(scene: Scene, path: str | Path, robots: Collection[str] = ()) -> Sh
             scene.add(robot)
         count, unreadable, first, last = 0, 0, None, 0.0
         for name, kind, log_time, data in messages(list(names)):
+            last, count = 1e-9 * log_time, count + 1
+            first = last if first is None else first
+            if not scene.due(*names[name], last):
+                continue
             try:
                 message = deserialize(data, kind)
             except BagError:
                 unreadable += 1
                 continue
-            last = 1e-9 * log_time
-            first = last if first is None else first
             scene.show(*names[name], message, last)
-            count += 1
         return Shown(list(scene.robots), count, last - first if count else 0.0, info.torn, unreadable)
 
 
