@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import yaml
 from rosbags.highlevel import AnyReader
-from rosbags.rosbag2 import Reader, StoragePlugin
+from rosbags.rosbag2 import CompressionFormat, CompressionMode, Reader, StoragePlugin
 from rosbags.rosbag2 import Writer as RosbagsWriter
 from rosbags.typesys import Stores, get_typestore
 
 from deqmpc import interface
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 from flight_log import bag
+from flight_log.flight import load_flight
 
 STORE = get_typestore(Stores.ROS2_KILTED)
 
@@ -122,10 +123,55 @@ def test_bags_of_other_recorders_are_read(tmp_path, plugin):
         assert [t for t, *_ in bag.read_bag(path, ['/cf1/pose'])] == ['/cf1/pose']
 
 
+@pytest.mark.parametrize('mode', [CompressionMode.FILE, CompressionMode.MESSAGE])
+def test_compressed_bags_of_other_recorders_are_read(tmp_path, mode):
+    writer = RosbagsWriter(tmp_path / 'b', version=8, storage_plugin=StoragePlugin.SQLITE3)
+    writer.set_compression(mode, CompressionFormat.ZSTD)
+    with writer:
+        for topic, message in messages(bag.TYPES).items():
+            connection = writer.add_connection(topic.resolve('cf1'), topic.type, typestore=STORE)
+            writer.write(connection, 12_250_000_000, bag.serialize(message, topic.type))
+    got = {topic: m for topic, _, t, m in bag.read_bag(tmp_path / 'b')}
+    assert len(got) == 5 and interface.read_odometry(got['/cf1/odom']).position == pytest.approx([12.25, 2, 3])
+
+
+def test_a_bag_split_over_files_is_read_as_one(tmp_path):
+    # as `ros2 bag record --max-bag-duration` leaves it: one folder, several files, one metadata.yaml
+    folder, counts = tmp_path / 'split', 0
+    folder.mkdir()
+    for part in range(3):
+        with bag.BagWriter(tmp_path / f'part_{part}') as writer:
+            for i in range(100 * part, 100 * part + 100):
+                message = interface.pose_message(bag.TYPES, 0.01 * i, [0.01 * i, 0, 0], [0, 0, 0, 1])
+                writer.write_message(interface.POSE, 'cf1', 0.01 * i, message)
+            counts += writer.messages
+        (tmp_path / f'part_{part}/part_{part}.mcap').rename(folder / f'split_{part}.mcap')
+    document = yaml.safe_load((tmp_path / 'part_0/metadata.yaml').read_text())
+    info = document['rosbag2_bagfile_information']
+    info['relative_file_paths'] = [f'split_{part}.mcap' for part in range(3)]
+    info['message_count'] = info['topics_with_message_count'][0]['message_count'] = counts
+    (folder / 'metadata.yaml').write_text(yaml.safe_dump(document))
+    assert [round(100 * t) for _, _, t, _ in bag.read_bag(folder)] == list(range(300))
+    (folder / 'metadata.yaml').unlink()  # the recorder was killed: the last file is torn as well
+    last = folder / 'split_2.mcap'
+    last.write_bytes(last.read_bytes()[:-400])
+    assert [round(100 * t) for _, _, t, _ in bag.read_bag(folder)][:200] == list(range(200))
+
+
+def test_other_types_on_the_stacks_topics_are_told_apart_from_its_own(tmp_path):
+    # /cf1/pose as PoseWithCovarianceStamped, as another estimator publishes it
+    kind = 'geometry_msgs/msg/PoseWithCovarianceStamped'
+    with bag.BagWriter(tmp_path / 'b') as writer:
+        writer.write('/cf1/pose', kind, 1_000_000_000, bag.serialize(bag.TYPES.make(kind), kind))
+    with pytest.raises(bag.BagError, match='no pose and no odometry of cf1'):
+        load_flight(tmp_path / 'b')
+
+
 WRITE_FOR_EVER = """
 import sys, time
 from deqmpc import interface
 from flight_log import bag
+from flight_log.flight import load_flight
 writer = bag.BagWriter(sys.argv[1], metadata={'seed': '7'})
 i = 0
 while True:
