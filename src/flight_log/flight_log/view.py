@@ -42,8 +42,7 @@ def listening(pid: int) -> set[tuple[str, int]]:
     for descriptor in Path(f'/proc/{pid}/fd').iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             inodes.add(os.readlink(descriptor))
-    rows = [line.split() for name in ('tcp', 'tcp6') for line in Path(f'/proc/{pid}/net/{name}').read_text()
-            .splitlines()[1:]]
+    rows = [line.split() for name in ('tcp', 'tcp6') for line in Path('/proc/net', name).read_text().splitlines()[1:]]
     return {_endpoint(row[1]) for row in rows if row[3] == _LISTEN and f'socket:[{row[9]}]' in inodes}
 
 
@@ -93,7 +92,9 @@ class Viewer:
         while True:
             if self.process.poll() is not None:
                 raise ViewError(f'the viewer ended at once with exit status {self.process.returncode}')
-            heard = listening(self.process.pid)
+            heard = set()
+            with contextlib.suppress(FileNotFoundError, PermissionError, ProcessLookupError):  # it ends just now
+                heard = listening(self.process.pid)
             exposed = sorted(f'{a}:{p}' for a, p in heard if not ipaddress.ip_address(a).is_loopback)
             if exposed:
                 raise ViewError(f'the viewer listens on {exposed[0]}; expected {LOOPBACK} alone')
@@ -176,14 +177,25 @@ def _view(options: argparse.Namespace) -> int:
     show = _bag if options.bag else _live
     recording = rr.RecordingStream('deqmpc_view', recording_id=f'{Path(options.bag or "live").name}-{time.time_ns()}')
     scene = Scene(recording, *(() if options.bag else (LIVE_PATH, True)))
-    with contextlib.ExitStack() as stack:
-        stack.callback(recording.disconnect)
-        if options.save:
-            recording.save(options.save)
+    if options.save:
+        recording.save(options.save)
+        with _disconnecting(recording):
             return show(options, scene, None)
-        viewer = stack.enter_context(_viewer(options.serve))
+    with _viewer(options.serve) as viewer, _disconnecting(recording):
         recording.connect_grpc(viewer.uri)
-        return show(options, scene, viewer)
+        status = show(options, scene, viewer)
+        if viewer.process.poll():
+            raise ViewError(f'the viewer ended with exit status {viewer.process.returncode}')
+        return status
+
+
+@contextlib.contextmanager
+def _disconnecting(recording):
+    """At the end everything is written, while the viewer can still take it."""
+    try:
+        yield
+    finally:
+        recording.disconnect()
 
 
 def _viewer(serve: bool) -> Viewer:
@@ -198,13 +210,24 @@ def _viewer(serve: bool) -> Viewer:
     return viewer
 
 
+def _flush(recording, viewer: Viewer | None) -> None:
+    """Everything written so far arrives, or a ViewError; a window that was closed takes nothing any more."""
+    while viewer is None or not viewer.closed():
+        try:
+            return recording.flush(timeout_sec=1.0)
+        except RuntimeError as error:  # not within that second, or never
+            if viewer is None:
+                raise ViewError(f'the recording cannot be written: {error}') from error
+            time.sleep(0.1)
+
+
 def _bag(options: argparse.Namespace, scene, viewer: Viewer | None) -> int:
     from flight_log.viewing import show_bag
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     shown = show_bag(scene, options.bag, options.robot)
-    scene.recording.flush()
+    _flush(scene.recording, viewer)
     print(f'{options.bag}: {", ".join(shown.robots)}; {shown.messages} messages, {shown.seconds:.1f} s'
           + (', torn: shown up to the tear' if shown.torn else '')
           + (f', {shown.unreadable} unreadable messages left out' if shown.unreadable else ''), flush=True)
@@ -224,7 +247,7 @@ def _live(options: argparse.Namespace, scene, viewer: Viewer | None) -> int:
     os.nice(NICE)
     closed = viewer.closed if viewer else lambda: False
     status = ros.run(lambda: LiveView(scene, options.robot, closed), [])
-    scene.recording.flush()
+    _flush(scene.recording, viewer)
     return status
 
 

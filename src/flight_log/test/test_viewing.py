@@ -403,3 +403,12 @@ def test_the_command_shows_a_running_graph_and_is_heard_on_loopback_alone(graph,
         process.wait(30)
     assert process.returncode == 0, said
     assert ('/world/cf1/body', 'Boxes3D:half_sizes') in Read(target).rows
+
+
+def test_a_window_that_cannot_open_is_an_error_in_words(bag):
+    process = start(bag, DISPLAY=':987')  # nobody's display
+    try:
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and 'error: the viewer ended' in said and 'Traceback' not in said, said
