@@ -120,6 +120,7 @@ class Windows:
     centers: Tensor  # (B, W, K, d) where the spheres were at every state of the window
     velocity: Tensor  # (B, W, K, d)
     radii: Tensor  # (B, K)
+    known: Tensor  # (B, W) bool: False beyond an end by success, where x only repeats the last state
 
     def spheres(self, at: int) -> Spheres:
         """What was seen at state `at` of the window."""
@@ -128,9 +129,12 @@ class Windows:
 
 def windows(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray, first: np.ndarray,
             length: int) -> Windows:
-    """The windows of `length` states that start at state `first` (B,) of `trajectories` (B,)."""
+    """The windows of `length` states that start at state `first` (B,) of `trajectories` (B,). Beyond the end of a
+    trajectory its last state is repeated. Where episodes end by success (task.hold) the expert was still moving there,
+    so such states are not `known`; elsewhere experts rest at the goal."""
     d = demonstrations
     last = d.lengths[trajectories] - 1
+    known = torch.from_numpy((first[:, None] + np.arange(length) <= last[:, None]) | (task.hold == 0))
     at = np.minimum(first[:, None] + np.arange(length), last[:, None]) + d.first[trajectories][:, None]
     x = torch.from_numpy(d.states[at].astype(float))
     if task.period:
@@ -140,7 +144,7 @@ def windows(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray
     centers, velocity = (torch.from_numpy(v[rows].astype(float)) for v in (d.centers, d.velocity))
     if d.radii.shape[1] == 0:  # files without spheres do not say how many numbers a centre has
         centers = velocity = centers.new_zeros(*at.shape, 0, task.spatial)
-    return Windows(x, centers, velocity, torch.from_numpy(d.radii[trajectories].astype(float)))
+    return Windows(x, centers, velocity, torch.from_numpy(d.radii[trajectories].astype(float)), known)
 
 
 def continuous(x: Tensor, task: Task) -> Tensor:
@@ -150,12 +154,10 @@ def continuous(x: Tensor, task: Task) -> Tensor:
 
 
 def draw(demonstrations: Demonstrations, trajectories: np.ndarray, count: int, generator: torch.Generator,
-         length: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` random windows of `length` states, every state of `trajectories` as likely to be the first:
-    (trajectory, first state). Where spheres move, windows end within their trajectory: beyond it they would stop."""
-    usable = demonstrations.lengths[trajectories]
-    if demonstrations.moving:
-        usable = np.maximum(usable - length + 1, 1)
+         inside: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """First states of `count` random windows, (trajectory, first state): as likely is every state of `trajectories`
+    with which `inside` states lie within the trajectory, or the first state of one that is shorter."""
+    usable = np.maximum(demonstrations.lengths[trajectories] - inside + 1, 1)
     ends = np.cumsum(usable)
     number = torch.randint(int(ends[-1]), (count,), generator=generator).numpy()
     which = np.searchsorted(ends, number, side='right')

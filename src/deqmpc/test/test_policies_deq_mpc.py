@@ -12,7 +12,7 @@ from deqmpc.dynamics import rotation
 from deqmpc.networks.temporal import Settings as NetworkSettings
 from deqmpc.networks.temporal import TemporalNetwork
 from deqmpc.policies import model
-from deqmpc.policies.deq_mpc import Controller, DeqMpc, DeqMpcPolicy, Settings, imitation_loss
+from deqmpc.policies.deq_mpc import Controller, DeqMpc, DeqMpcPolicy, Settings, distance, imitation_loss
 from deqmpc.policies.learned import CrazyflieProblem, Step
 from deqmpc.policies.network_only import NetworkOnly, NetworkOnlyPolicy
 from deqmpc.solvers.augmented_lagrangian import Status
@@ -352,3 +352,15 @@ def test_a_step_shifts_its_plan_and_keeps_its_equilibrium():
     step = Step(rows, rows[1:], rows[1:], rows, '', 0, 0, 0.0, 0.0).shifted(2)
     assert step.x[:, 0].tolist() == [2, 3, 4, 4, 4] and step.u[:, 0].tolist() == [3, 4, 4, 4]
     assert step.z[:, 0].tolist() == [1, 2, 3, 4]
+
+
+def test_knots_that_the_expert_does_not_tell_weigh_nothing_in_the_loss():
+    x = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(3, 4, 2, dtype=torch.float64)
+    partly = target.clone()
+    partly[1, 2:] = float('nan')
+    found = distance(x, partly)
+    assert torch.equal(found[[0, 2]], distance(x, target)[[0, 2]])
+    assert found[1] == (x - target)[1, :2].abs().sum()
+    found.sum().backward()
+    assert torch.isfinite(x.grad).all() and (x.grad[1, 2:] == 0.0).all() and (x.grad[1, :2].abs() == 1.0).all()

@@ -73,7 +73,7 @@ def test_reward_and_success_are_the_same_for_an_angle_of_any_turn(name):
 @pytest.mark.parametrize('name', ['pendulum', 'cartpole'])
 def test_windows_are_continuous_and_start_within_half_a_turn_of_the_goal(name):
     d, task = released(name), tasks.make(name)
-    who, first = datasets.draw(d, np.arange(270), 3000, torch.Generator().manual_seed(0), 8)
+    who, first = datasets.draw(d, np.arange(270), 3000, torch.Generator().manual_seed(0))
     w = datasets.windows(d, task, who, first, 9)
     rows = torch.from_numpy(d.states[d.first[who] + first].astype(float))
     start = w.x[:, 0] - rows
@@ -96,7 +96,22 @@ def test_a_window_is_part_of_its_trajectory_and_ends_at_rest():
     w = datasets.windows(d, task, np.array([3, 269]), np.array([10, 97]), 8)
     rows = torch.from_numpy(d.states.astype(float)).reshape(270, 100, 12)
     assert torch.equal(w.x[0], rows[3, 10:18])
-    assert torch.equal(w.x[1], rows[269, [97, 98, 99, 99, 99, 99, 99, 99]])
+    assert torch.equal(w.x[1], rows[269, [97, 98, 99, 99, 99, 99, 99, 99]]) and w.known.all()
+
+
+def test_known_states_of_a_window_follow_each_other_by_the_dynamics_also_at_a_success():
+    # An expert that succeeded is still moving: a repeated last state would be no motion of a cart-pole.
+    d, task = released('cartpole'), tasks.make('cartpole')
+    who = np.repeat(np.arange(40), 2)
+    first = d.lengths[who] - np.tile([5, 9], 40)
+    w = datasets.windows(d, task, who, first, 8)
+    assert w.known.sum(1).tolist() == [5, 8] * 40
+    u = torch.from_numpy(d.controls[(d.first[who] + first)[:, None] + np.arange(4)].astype(float))
+    for k in range(4):
+        step = task.problem().phi.step(w.x[:, k], u[:, k])
+        assert (step - w.x[:, k + 1]).abs().max() < 1e-4
+    still = (w.x[::2, 5] - w.x[::2, 4]).abs().max()
+    assert still == 0.0 and w.x[::2, 4, 2].abs().mean() > 0.5  # m/s, at the state that would be repeated
 
 
 def test_a_file_reads_back_as_it_was_saved(tmp_path):
@@ -134,13 +149,13 @@ def test_restarts_are_on_the_side_of_the_trajectory_they_began_from():
 def test_every_state_is_drawn_as_often_as_any_other():
     d = datasets.Demonstrations(np.zeros((10, 1)), np.zeros((10, 1)), np.array([2, 3, 5]), np.zeros((3, 0, 3)),
                                 np.zeros((3, 0, 3)), np.zeros((3, 0)))
-    trajectory, first = datasets.draw(d, np.array([0, 2]), 7000, torch.Generator().manual_seed(0), 8)
+    trajectory, first = datasets.draw(d, np.array([0, 2]), 7000, torch.Generator().manual_seed(0))
     assert set(trajectory) == {0, 2} and (first < d.lengths[trajectory]).all()
     counts = np.unique(trajectory * 10 + first, return_counts=True)[1]
     assert len(counts) == 7 and counts.min() > 850
 
 
-def test_windows_among_moving_spheres_end_within_their_trajectory():
+def test_windows_lie_within_their_trajectory_as_far_as_asked():
     d = datasets.Demonstrations(np.zeros((20, 1)), np.zeros((20, 1)), np.array([6, 14]), np.zeros((20, 1, 3)),
                                 np.zeros((20, 1, 3)), np.zeros((2, 1)))
     trajectory, first = datasets.draw(d, np.array([0, 1]), 500, torch.Generator().manual_seed(0), 8)

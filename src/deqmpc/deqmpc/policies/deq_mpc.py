@@ -339,8 +339,8 @@ class DeqMpcPolicy(LearnedPolicy):
 def imitation_loss(iterates: Iterates, x_expert: Tensor, network_share: float = 0.1, centers: Tensor | None = None,
                    motion_share: float = 1.0) -> tuple[Tensor, int]:
     """Mean over samples of sum_i |x^i - x_expert|_1 + network_share |theta^i - x_expert|_1 (sums over knots and
-    states), x_expert (B, T+1, n), and how many (sample, iterate) pairs were left out because they are not finite or
-    have no gradient.
+    states), x_expert (B, T+1, n; NaN: not known, left out), and how many (sample, iterate) pairs were left out because
+    they are not finite or have no gradient.
 
     Where the iterates predict motion, `centers` (B, T+1, K, d) says where the spheres will be, and motion_share times
     the mean over present spheres of |o^i - centers|_1 (sum over knots and coordinates, m) is added: with 1, the spheres
@@ -356,10 +356,15 @@ def imitation_loss(iterates: Iterates, x_expert: Tensor, network_share: float = 
             x, theta, target = x[rows], theta[rows], x_expert[rows]
         else:
             target = x_expert
-        total = total + ((x - target).abs().sum() + network_share * (theta.to(target) - target).abs().sum())
+        total = total + distance(x, target).sum() + network_share * distance(theta.to(target), target).sum()
         if iterates.motions:
             total = total + motion_share * _motion_error(iterates.motions[i], centers, iterates.radii)[rows].sum()
     return total / x_expert.shape[0], left_out
+
+
+def distance(x: Tensor, target: Tensor) -> Tensor:
+    """(B,) sums of |x - target| over knots and states, both (B, T+1, n), without those where target is NaN."""
+    return torch.where(target.isnan(), 0.0, x - target).abs().sum(dim=(1, 2))
 
 
 def _motion_error(motion: Motion, centers: Tensor, radii: Tensor) -> Tensor:

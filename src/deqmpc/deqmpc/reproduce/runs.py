@@ -33,7 +33,7 @@ from tqdm import tqdm
 from deqmpc import datasets, evaluation, tasks
 from deqmpc.datasets import Demonstrations
 from deqmpc.planners import ModelPlanner, load_model
-from deqmpc.policies.deq_mpc import DeqMpc
+from deqmpc.policies.deq_mpc import DeqMpc, distance
 from deqmpc.policies.deq_mpc import Settings as Method
 from deqmpc.provenance import commit
 from deqmpc.tasks import Task
@@ -250,7 +250,7 @@ def errors_by_iterate(model: nn.Module, task: Task, data: Demonstrations, settin
     draws = trainer.draw(trainer.valid, windows, torch.Generator().manual_seed(0))
     with torch.no_grad():
         made, target, _ = next(iter(Streaming(model, task, trainer.windows(*draws), 0)))
-    errors = [(x - target).abs().sum(dim=(1, 2)) for x in made.x]
+    errors = [distance(x, target) for x in made.x]
     return [float(e[torch.isfinite(e)].mean()) for e in errors]
 
 

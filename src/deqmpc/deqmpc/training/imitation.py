@@ -5,7 +5,8 @@ x_1..x_L, each time warm-started from the plan before, as in flight (DEQ-MPC, se
 
   loss = mean over windows of  sum_{s=0..L} sum_i |x^i - x_{s..s+T}|_1 + network_share |theta^i - x_{s..s+T}|_1
 
-over the iterates i of every plan. Iterates that are not finite or have no gradient are left out and counted. The
+over the iterates i of every plan. Iterates that are not finite or have no gradient are left out and counted. Where an
+expert's episode ended by success, the knots beyond its end are left out of the sums: nothing says what comes next. The
 gradient is clipped to a norm; a step whose gradient is not finite changes nothing and is counted.
 
 The validation error is the mean of |x^N - x_{s..s+T}|_1 of the last iterates over random windows of the
@@ -26,7 +27,7 @@ from deqmpc import datasets
 from deqmpc.datasets import Demonstrations, Windows
 from deqmpc.networks.obstacle_motion import ObstacleMotion, settings_for
 from deqmpc.networks.temporal import TemporalNetwork
-from deqmpc.policies.deq_mpc import DeqMpc, Iterates, imitation_loss
+from deqmpc.policies.deq_mpc import DeqMpc, Iterates, distance, imitation_loss
 from deqmpc.policies.deq_mpc import Settings as Method
 from deqmpc.policies.network_only import NetworkOnly
 from deqmpc.tasks import Task
@@ -108,15 +109,17 @@ class Streaming:
         self.model, self.task, self.windows, self.streaming = model, task, windows, streaming
 
     def __iter__(self) -> Iterator[tuple[Iterates, Tensor, Tensor]]:
-        """The plan at every state, the expert's states at its knots, and where the spheres were."""
+        """The plan at every state, the expert's states at its knots (NaN where not known), and where the spheres
+        were."""
         w, T, warm = self.windows, self.task.horizon, None
         u_ref = self.task.u_ref.to(w.x).expand(len(w.x), T, -1)
+        expert = torch.where(w.known.unsqueeze(2), w.x, float('nan'))
         for s in range(1 + self.streaming):
             seen = w.spheres(s)
             made = self.model(w.x[:, s], u_ref, seen.centers, seen.inflated(self.task.margin), warm_start=warm,
                               velocity=seen.velocity)
             warm = None if made.warm_start is None else made.warm_start.shifted()
-            yield made, w.x[:, s:s + T + 1], w.centers[:, s:s + T + 1]
+            yield made, expert[:, s:s + T + 1], w.centers[:, s:s + T + 1]
 
 
 @dataclass
@@ -133,7 +136,7 @@ class Report:
 
     def add(self, made: Iterates, target: Tensor, streamed: bool, plans: int) -> None:
         """Count one plan of a batch."""
-        error = (made.x[-1].detach() - target).abs().sum(dim=(1, 2))
+        error = distance(made.x[-1].detach(), target)
         error = float(error[torch.isfinite(error)].mean())
         if streamed:
             self.streamed += error / plans
@@ -162,13 +165,15 @@ class Trainer:
         return self.task.horizon + 1 + self.settings.streaming
 
     def draw(self, trajectories: np.ndarray, count: int, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """`count` random windows of the training's length: (trajectory, first state)."""
-        return datasets.draw(self.demonstrations, trajectories, count, generator, self.length)
+        """`count` random windows of the training's length: (trajectory, first state). Where spheres move, windows end
+        within their trajectory, beyond which they would stop; where episodes end by success, plans begin within it."""
+        inside = self.length if self.demonstrations.moving else 1 + self.settings.streaming if self.task.hold else 1
+        return datasets.draw(self.demonstrations, trajectories, count, generator, inside)
 
     def windows(self, trajectories: np.ndarray, first: np.ndarray) -> Windows:
         """Windows of the training's length, on its device."""
         w = datasets.windows(self.demonstrations, self.task, trajectories, first, self.length)
-        return Windows(*(v.to(self.device) for v in (w.x, w.centers, w.velocity, w.radii)))
+        return Windows(*(v.to(self.device) for v in (w.x, w.centers, w.velocity, w.radii, w.known)))
 
     def step(self, share: slice = slice(None), average=None) -> Report:
         """One step. `share` is this process's part of the batch and `average` what makes gradients equal across
