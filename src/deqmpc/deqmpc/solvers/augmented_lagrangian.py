@@ -185,8 +185,9 @@ def check_warm_start(problem: Problem, data: Instances, start: WarmStart) -> Non
                              f'{data.x_init.dtype} of shape {shape}')
 
 
-def _linear_solver(settings: Settings, data: Instances, horizon: int):
-    """The module that factors. Chosen by the whole batch: a sample's numbers must not depend on when others finish."""
+def linear_solver(settings, data: Instances, horizon: int):
+    """The module that `settings.linear_solver` names. Chosen by the whole batch: a sample's numbers must not depend on
+    when others finish."""
     name = settings.linear_solver
     if name == 'auto':
         batch, device = data.x_init.shape[0], data.x_init.device
@@ -194,13 +195,13 @@ def _linear_solver(settings: Settings, data: Instances, horizon: int):
     return LINEAR_SOLVERS[name]
 
 
-def _select(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+def select(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """new where mask (B,) else old."""
     return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), new, old)
 
 
 @dataclass
-class _Point:
+class Point:
     """A trajectory and what the merit needs of it."""
 
     x: Tensor
@@ -216,10 +217,10 @@ class _Point:
         return cls(x, u, problem.cost(data, x, u), problem.defects(data, x, u), h, offset)
 
     def map(self, function):
-        return _Point(*(function(getattr(self, f.name)) for f in fields(self)))
+        return type(self)(*(function(getattr(self, f.name)) for f in fields(self)))
 
     def merged(self, mask, new):
-        return _Point(*(_select(mask, getattr(new, f.name), getattr(self, f.name)) for f in fields(self)))
+        return type(self)(*(select(mask, getattr(new, f.name), getattr(self, f.name)) for f in fields(self)))
 
 
 def _split(H: Tensor, T: int, n: int) -> tuple[Tensor, Tensor]:
@@ -235,7 +236,7 @@ def _row_limits(problem: Problem, K: int, elastic: float, like: Tensor) -> Tenso
     return rho
 
 
-def _stage_terms(problem: Problem, data: Instances, point: _Point, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def stage_terms(problem: Problem, data: Instances, point: Point, v: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient s (B, T+1, n+m) and Gauss-Newton Hessian H (B, T+1, n+m, n+m) of cost + psi, for multipliers
     v (B, T, C) and weights a (B, T, C) of the residuals' outer products. Inputs of stage T are empty."""
     B, T, n, m = point.x.shape[0], problem.horizon, problem.n, problem.m
@@ -264,7 +265,7 @@ def _stage_terms(problem: Problem, data: Instances, point: _Point, v: Tensor, a:
     return s, H
 
 
-def _merit(point: _Point, lam: Tensor, eta: Tensor, mu: Tensor, rho: Tensor) -> Tensor:
+def _merit(point: Point, lam: Tensor, eta: Tensor, mu: Tensor, rho: Tensor) -> Tensor:
     """L, (..., B)."""
     mu = mu.view(-1, 1, 1)
     v = torch.minimum((lam + mu * point.h).clamp_min_(0.0), rho)
@@ -272,7 +273,7 @@ def _merit(point: _Point, lam: Tensor, eta: Tensor, mu: Tensor, rho: Tensor) -> 
     return point.cost + (point.k * (eta + (0.5 * mu) * point.k)).sum((-1, -2)) + psi.sum((-1, -2))
 
 
-def _curvature(problem: Problem, data: Instances, point: _Point, v: Tensor, y: Tensor) -> Tensor:
+def curvature(problem: Problem, data: Instances, point: Point, v: Tensor, y: Tensor) -> Tensor:
     """(B, T+1, n+m, n+m): what the Gauss-Newton Hessian leaves out, d^2(y' phi + v' h)/dtau^2."""
     T = problem.horizon
     C = torch.zeros_like(torch.diag_embed(torch.cat([point.x, point.x[..., :1].expand(-1, -1, problem.m)], dim=-1)))
@@ -288,7 +289,7 @@ class _Solver:
 
     def __init__(self, problem: Problem, data: Instances, start: WarmStart, settings: Settings):
         self.problem, self.settings = problem, settings
-        self.lqr = _linear_solver(settings, data, problem.horizon)
+        self.lqr = linear_solver(settings, data, problem.horizon)
         B = data.x_init.shape[0]
         self.rho = _row_limits(problem, data.radii.shape[1], settings.elastic, data.x_init)
         finite = data.is_finite() & torch.stack(
@@ -299,7 +300,7 @@ class _Solver:
         keep = self.index if len(self.index) < B else slice(None)
         self.data, start = data[keep], start[keep]
         self.lam, self.eta, self.mu = start.lam, start.eta, start.mu
-        self.point = _Point.at(problem, self.data, start.x, start.u)
+        self.point = Point.at(problem, self.data, start.x, start.u)
         count = len(self.index)
         like = data.x_init
         self.reg = like.new_zeros(count)
@@ -354,17 +355,17 @@ class _Solver:
         v = self.lam + mu * point.h
         a = mu * ((v > 0) & (v < self.rho))
         v = torch.minimum(v.clamp_min_(0.0), self.rho)
-        s, H = _stage_terms(problem, self.data, point, v, a)
+        s, H = stage_terms(problem, self.data, point, v, a)
         if (self.reg > 0).any():
             H.diagonal(dim1=2, dim2=3).add_(self.reg.view(-1, 1, 1))
         _, F = problem.phi.linearize(point.x[:, :T], point.u)
         D = (1.0 / mu).expand(-1, T + 1, n)
         newton = self.decrement <= self.settings.newton_below
         if newton.any():
-            C = _curvature(problem, self.data, point, v, self.eta + mu * point.k)
-            factors = self.lqr.factor(*_split(_select(newton, H + C, H), T, n), F, D)
+            C = curvature(problem, self.data, point, v, self.eta + mu * point.k)
+            factors = self.lqr.factor(*_split(select(newton, H + C, H), T, n), F, D)
             if not factors.ok.all():
-                factors = self.lqr.factor(*_split(_select(newton & factors.ok, H + C, H), T, n), F, D)
+                factors = self.lqr.factor(*_split(select(newton & factors.ok, H + C, H), T, n), F, D)
         else:
             factors = self.lqr.factor(*_split(H, T, n), F, D)
         c = point.k + self.eta / mu
@@ -381,7 +382,7 @@ class _Solver:
         dx, du, slope, ok = self.direction()
         merit = _merit(point, self.lam, self.eta, self.mu, self.rho)
         limit = merit + 10.0 * self.eps * (merit.abs() + point.cost.abs() + 1.0)  # rounding must not stop it
-        moved = _Point.at(problem, self.data, point.x + dx, point.u + du)
+        moved = Point.at(problem, self.data, point.x + dx, point.u + du)
         took = ok & (_merit(moved, self.lam, self.eta, self.mu, self.rho) <= limit + settings.armijo * slope)
         self.point = point.merged(took, moved) if not took.all() else moved
         short = (~took & ok).nonzero()[:, 0]
@@ -399,7 +400,7 @@ class _Solver:
     def backtrack(self, short, point, dx, du, slope, limit, took):
         """Step lengths 1/2, 1/4, ... of the samples `short`, all at once; the longest accepted one is taken."""
         f = self.fractions.view(-1, 1, 1, 1)
-        trial = _Point.at(self.problem, self.data[short], point.x[short] + f * dx[short],
+        trial = Point.at(self.problem, self.data[short], point.x[short] + f * dx[short],
                           point.u[short] + f * du[short])
         merit = _merit(trial, self.lam[short], self.eta[short], self.mu[short], self.rho)  # (fractions, short)
         good = merit <= limit[short] + self.settings.armijo * self.fractions.view(-1, 1) * slope[short]
@@ -409,7 +410,7 @@ class _Solver:
         chosen = trial.map(lambda v: v[first, rows])
         at = short[any_good]
         took[at] = True
-        for field in fields(_Point):
+        for field in fields(Point):
             getattr(self.point, field.name)[at] = getattr(chosen, field.name)[any_good]
 
     def update_multipliers(self, ok):
@@ -428,8 +429,8 @@ class _Solver:
         violation = p.k.flatten(1).abs().amax(dim=1)
         if gap.shape[1]:
             violation = torch.maximum(violation, gap.amax(dim=1))
-        self.eta = _select(due, self.eta + mu * p.k, self.eta)
-        self.lam = _select(due, v, self.lam)
+        self.eta = select(due, self.eta + mu * p.k, self.eta)
+        self.lam = select(due, v, self.lam)
         self.outer = self.outer + due
         self.inner = torch.where(due, 0, self.inner)
         done = due & flat & (violation <= settings.feasibility)
@@ -457,22 +458,22 @@ class ImplicitGradient:
         start = solution.warm_start
         self.lam, eta = torch.nan_to_num(start.lam), torch.nan_to_num(start.eta)
         mu = torch.where(self.known, start.mu, 1.0)
-        self.data = Instances(*(_select(self.known, v, torch.ones_like(v)) for v in data.tensors()))
-        self.point = _Point.at(problem, self.data, x, u)
+        self.data = Instances(*(select(self.known, v, torch.ones_like(v)) for v in data.tensors()))
+        self.point = Point.at(problem, self.data, x, u)
         converged = solution.converged
         rho = _row_limits(problem, data.radii.shape[1], settings.elastic, x)
         # an active residual holds as an equation to first order: its weight is as large as the precision bears
         stiff = torch.where(converged, mu.clamp_min(1e8 if x.dtype == torch.float64 else 1e5), mu).view(-1, 1, 1)
         self.a = stiff * ((self.lam > 0) & (self.lam < rho))
-        _, H = _stage_terms(problem, self.data, self.point, self.lam, self.a)
+        _, H = stage_terms(problem, self.data, self.point, self.lam, self.a)
         _, F = problem.phi.linearize(x[:, :T], u)
         D = torch.where(converged, 0.0, 1.0 / mu).view(-1, 1, 1).expand(-1, T + 1, n)
-        lqr = _linear_solver(settings, data, T)
+        lqr = linear_solver(settings, data, T)
         self.factors = lqr.factor(*_split(H, T, n), F, D)
         if settings.exact_gradient:
-            exact = lqr.factor(*_split(H + _curvature(problem, self.data, self.point, self.lam, eta), T, n), F, D)
+            exact = lqr.factor(*_split(H + curvature(problem, self.data, self.point, self.lam, eta), T, n), F, D)
             # a saddle has no derivative of its minimiser; Gauss-Newton's matrix still gives a descent direction
-            self.factors = lqr.Factors(*(_select(exact.ok, getattr(exact, f.name), getattr(self.factors, f.name))
+            self.factors = lqr.Factors(*(select(exact.ok, getattr(exact, f.name), getattr(self.factors, f.name))
                                          for f in fields(exact)))
         self.ok = self.factors.ok & self.known
 
@@ -481,11 +482,11 @@ class ImplicitGradient:
         gu = dloss/du (B, T, m); `wanted` says of which, the others are None where that saves work."""
         T, n = self.problem.horizon, self.problem.n
         data, point = self.data, self.point
-        gx, gu = _select(self.ok, gx, torch.zeros_like(gx)), _select(self.ok, gu, torch.zeros_like(gu))
+        gx, gu = select(self.ok, gx, torch.zeros_like(gx)), select(self.ok, gu, torch.zeros_like(gu))
         s = torch.cat([gx[:, :T], gu], dim=-1).unsqueeze(-1)
         # K [v; y] = [g; 0], hence s = -g; the loss changes by v'(-dL_tau/dtheta) dtheta - y'(dk/dtheta) dtheta
         vx, vu, y = riccati.solve(self.factors, -s, -gx[:, T].unsqueeze(-1), gx.new_zeros(*gx.shape, 1))
-        vx, vu, y = (_select(self.ok, v.squeeze(-1), torch.zeros_like(v.squeeze(-1))) for v in (vx, vu, y))
+        vx, vu, y = (select(self.ok, v.squeeze(-1), torch.zeros_like(v.squeeze(-1))) for v in (vx, vu, y))
         ex, eu = point.x - data.x_ref, point.u - data.u_ref
         weight = torch.cat([data.Q.unsqueeze(1).expand(-1, T, n), data.Qf.unsqueeze(1)], dim=1)
         tracking = (-y[:, 0], weight * vx, data.R.unsqueeze(1) * vu, -(ex[:, :T] * vx[:, :T]).sum(1),
