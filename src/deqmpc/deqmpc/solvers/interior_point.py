@@ -1,0 +1,528 @@
+"""Regularised primal-dual interior-point method for constrained optimal control, batched.
+
+Sousa-Pinto and Orban, arXiv 2509.16370. With the trajectory d = (x_0..x_T, u_0..u_{T-1}) of `deqmpc.problem`,
+
+  min f(d)   s.t.   k(d) = 0  (y)      e(d) = 0  (v)      g(d) + s = 0  (z),  s > 0
+
+k are the defects, g the bounds and spheres and every `Constraint` that is an inequality, e those that are equalities
+(at each of the stages, or of the last state). With the barrier's mu and a dual regularisation delta > 0 of every row,
+
+  A(d, s) = f - mu sum log s + y'k + v'e + z'(g + s) + 1/2 |k|^2/delta_k + 1/2 |e|^2/delta_e + 1/2 |g + s|^2/delta_g
+
+is the augmented barrier-Lagrangian, and an iteration solves for (dd, ds, dy, dv, dz), with J = (k', e', g'),
+
+  [P   0     J' ]        [grad_d L     ]    P = Hessian of L = f + y'k + v'e + z'g, shifted by `shift` I
+  [0   z/s   I_g]  .  = -[z - mu/s     ]
+  [J   I_g  -delta]      [k, e, g + s  ]
+
+Elimination of ds, dv and dz leaves a dual-regularised LQR (deqmpc.solvers.riccati) with D = delta_k:
+  H = P + e'^T e'/delta_e + g'^T w g',   w = 1 / (s/z + delta_g)
+  gradient = grad f + e'^T (v + e/delta_e) + g'^T (z + w t),   t = g + mu/z,   offset of the dynamics k + delta_k y
+  dz = w (g' dd + t),   ds = delta_g dz - g' dd - g - s,   dv = (e' dd + e)/delta_e,   y + dy = the LQR's co-state
+
+Descent. Where the matrix has the inertia of a minimum, which the recursion's pivots certify (`Factors.ok`), the slope
+of A along (dd, ds) with fixed multipliers is
+  -( dd' P dd + ds' (z/s) ds + |k' dd|^2/delta_k + |e' dd|^2/delta_e + |g' dd + ds|^2/delta_g )  < 0.
+So `shift` grows until the pivots are positive, and a line search on A always finds a step. The multipliers follow by
+the same step length; mu falls when the KKT error is below a multiple of it, the delta of a row when its residual does
+not. A finite delta only limits the step: at a solution all of k, e, g + s are zero.
+
+Every sample has its own mu, delta, shift, step length and status, and never sees another one. Settings, problem,
+warm start (x, u, lam = z, eta = y, mu = 1/delta) and solution are those of deqmpc.solvers.augmented_lagrangian, so
+that one solver continues where the other stopped. It is made for accuracy: exact Hessians, 1e-8 in all KKT residuals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deqmpc.problem import Instances, Problem
+from deqmpc.solvers import augmented_lagrangian as al
+from deqmpc.solvers import riccati
+from deqmpc.solvers.augmented_lagrangian import STATUS, Status, WarmStart, select
+
+_CONVERGED, _LIMIT, _INFEASIBLE, _SINGULAR, _NOT_FINITE, _RUNNING = range(6)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of the method. Defaults are for float64 and metres, seconds, hover thrusts."""
+
+    tolerance: float = 1e-8  # on |k|, |e|, |g + s|, and on dual residual and complementarity, relative to multipliers
+    max_steps: int = 300  # Newton steps at most
+    barrier_0: float = 0.1  # first mu
+    barrier_ratio: float = 0.2  # mu <- min(ratio mu, mu^1.5) ...
+    barrier_when: float = 10.0  # ... when the KKT error is below this multiple of mu
+    delta_0: float = 1e-3  # first dual regularisation, 1/penalty, of a cold start
+    delta_ratio: float = 0.5  # delta of a row <- ratio delta ...
+    delta_when: float = 0.9  # ... when its residual is above this share of the last one
+    delta_min: float = 1e-9  # smallest delta
+    shift_0: float = 1e-4  # first primal regularisation where the inertia is wrong
+    shift_up: float = 8.0  # its factor from one attempt to the next
+    shift_down: float = 0.2  # its factor after a step
+    shift_max: float = 1e8  # largest
+    boundary: float = 0.995  # least share of the way to s = 0, z = 0 that a step may go
+    armijo: float = 1e-4  # share of the slope that a step must gain
+    halvings: int = 20  # of the step length at most
+    linear_solver: str = 'sequential'  # Riccati recursion: sequential, parallel or auto, as in the AL solver
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == 'int' and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f'{f.name} = {value!r}; expected an integer >= 1')
+            if f.type == 'float' and not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f'{f.name} = {value!r}; expected a number > 0')
+        for name in ('barrier_ratio', 'delta_ratio', 'shift_down', 'boundary', 'armijo'):
+            if getattr(self, name) >= 1:
+                raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number < 1')
+        if self.shift_up <= 1 or self.delta_min > self.delta_0:
+            raise ValueError(f'shift_up = {self.shift_up}, delta_min = {self.delta_min}; expected shift_up > 1 and '
+                             f'delta_min <= delta_0 = {self.delta_0}')
+        if self.linear_solver not in ('auto', *al.LINEAR_SOLVERS):
+            raise ValueError(f'linear_solver = {self.linear_solver!r}; expected auto, '
+                             f'{" or ".join(al.LINEAR_SOLVERS)}')
+
+
+# --- constraints beyond bounds and spheres ----------------------------------------------------------
+
+class Constraint(Protocol):
+    """Rows of e or g. x (..., P, n), u (..., P, m) and the reference states r (..., P, n) of P knots."""
+
+    equality: bool  # rows = 0, else rows <= 0
+    terminal: bool  # of x_T alone (u is 0 there), else of (x_t, u_t) for t = 0..T-1
+
+    def value(self, x: Tensor, u: Tensor, r: Tensor) -> Tensor:
+        """Rows (..., P, c)."""
+
+    def jacobian(self, x: Tensor, u: Tensor, r: Tensor) -> Tensor:
+        """d rows / d(x, u), (B, P, c, n+m)."""
+
+    def curvature(self, x: Tensor, u: Tensor, r: Tensor, v: Tensor) -> Tensor:
+        """Hessian of v' rows, (B, P, n+m, n+m), for v (B, P, c)."""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A constraint given by `function` of one knot, (n,), (m,), (n,) -> (c,), in torch; derivatives by torch.func."""
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, u, reference state) -> rows
+    equality: bool = False
+    terminal: bool = False
+
+    def value(self, x: Tensor, u: Tensor, r: Tensor) -> Tensor:
+        """See Constraint."""
+        flat = torch.vmap(self.function)(*(v.expand(*x.shape[:-1], -1).flatten(0, -2) for v in (x, u, r)))
+        return flat.view(*x.shape[:-1], flat.shape[-1])
+
+    def jacobian(self, x: Tensor, u: Tensor, r: Tensor) -> Tensor:
+        """See Constraint."""
+        n = x.shape[-1]
+        rows = torch.func.jacfwd(lambda z, r: self.function(z[:n], z[n:], r))
+        return torch.vmap(torch.vmap(rows))(torch.cat([x, u], dim=-1), r)
+
+    def curvature(self, x: Tensor, u: Tensor, r: Tensor, v: Tensor) -> Tensor:
+        """See Constraint."""
+        n = x.shape[-1]
+        hessian = torch.func.hessian(lambda z, r, v: (v * self.function(z[:n], z[n:], r)).sum())
+        return torch.vmap(torch.vmap(hessian))(torch.cat([x, u], dim=-1), r, v)
+
+
+def at_reference() -> Function:
+    """The terminal equality x_T = reference state of knot T."""
+    return Function(lambda x, u, r: x - r, equality=True, terminal=True)
+
+
+# --- solving --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Solution(al.Solution):
+    """As of the augmented-Lagrangian solver, and:"""
+
+    error: Tensor  # (B,) KKT error at mu = 0: the largest of dual and primal residuals and complementarity, scaled
+    multipliers: tuple[Tensor, ...]  # of the constraints in their order, (B, P, c) each
+
+
+def cold_start(problem: Problem, data: Instances, settings: Settings = Settings()) -> WarmStart:
+    """x_init at every knot, the reference inputs, no multipliers."""
+    return al.cold_start(problem, data, al.Settings(mu_0=1.0 / settings.delta_0, mu_max=1.0 / settings.delta_min))
+
+
+def guess(problem: Problem, data: Instances, x: Tensor, u: Tensor, settings: Settings = Settings()) -> WarmStart:
+    """A warm start from trajectories alone."""
+    return replace(cold_start(problem, data, settings), x=x.detach(), u=u.detach())
+
+
+def solve(problem: Problem, data: Instances, warm_start: WarmStart | None = None, settings: Settings = Settings(),
+          constraints: Sequence[Constraint] = ()) -> Solution:
+    """Solve a batch. Never raises for numbers, only for shapes, and for a gradient through `constraints`, which is not
+    there (ValueError both); see `Solution.status`."""
+    start = cold_start(problem, data, settings) if warm_start is None else warm_start
+    al.check_warm_start(problem, data, start)
+    wanted = torch.is_grad_enabled() and any(v.requires_grad for v in data.tensors())
+    if wanted and constraints:
+        raise ValueError('an instance requires a gradient, which solutions under `constraints` do not have; '
+                         'expected torch.no_grad() or detached instances')
+    with torch.no_grad():
+        plain = Instances(*(v.detach() for v in data.tensors()))
+        solution = _Solver(problem, plain, start, settings, constraints).run()
+        if wanted:
+            # a multiplier below its slack belongs to a row that is not active
+            h = torch.nan_to_num(problem.residuals(plain, solution.x, solution.u))
+            lam = solution.warm_start.lam
+            active = replace(solution, warm_start=replace(
+                solution.warm_start, lam=torch.where(lam > -h, lam, 0.0)))
+            gradient = al.ImplicitGradient(problem, plain, active, al.Settings(linear_solver=settings.linear_solver))
+    return al.attach_gradient(data, solution, gradient) if wanted else solution
+
+
+@dataclass
+class _Point(al.Point):
+    """A trajectory, with all rows side by side."""
+
+    g: Tensor  # (B, G) bounds, spheres, then inequality constraints
+    e: Tensor  # (B, E)
+
+
+class _Rows:
+    """Bounds, spheres and constraints as the flat rows g and e."""
+
+    def __init__(self, problem: Problem, data: Instances, constraints: Sequence[Constraint]):
+        self.problem, self.constraints = problem, constraints
+        T = problem.horizon
+        self.own = T * (len(problem.limit) + data.radii.shape[1])  # rows of g that are the problem's
+        self.knots = [slice(T, T + 1) if c.terminal else slice(0, T) for c in constraints]
+        zero = data.x_init.new_zeros
+        self.widths = [c.value(zero(1, 1, problem.n), zero(1, 1, problem.m), zero(1, 1, problem.n)).shape[-1]
+                       for c in constraints]
+
+    def at(self, data: Instances, x: Tensor, u: Tensor) -> _Point:
+        """The point of a trajectory."""
+        problem, count = self.problem, len(self.problem.limit)
+        h, offset = problem.residuals_and_offsets(data, x, u)
+        h[..., count:] = torch.where(data.radii.unsqueeze(1) > 0, h[..., count:], -1.0)  # an absent sphere is far
+        rows = {True: [x.new_zeros(len(x), 0)], False: [h.flatten(1)]}
+        for c, arguments in zip(self.constraints, self._arguments(data, x, u), strict=True):
+            rows[c.equality].append(c.value(*arguments).flatten(1))
+        return _Point(x, u, problem.cost(data, x, u), problem.defects(data, x, u), h, offset,
+                      torch.cat(rows[False], dim=1), torch.cat(rows[True], dim=1))
+
+    def _arguments(self, data, x, u):
+        last = u.new_zeros(*u.shape[:-2], 1, u.shape[-1])
+        for c, at in zip(self.constraints, self.knots, strict=True):
+            yield x[:, at], last if c.terminal else u, data.x_ref[:, at]
+
+    def split(self, g: Tensor, e: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Values of rows as of the problem (B, T, C), and of the constraints in their order (B, P, c) each."""
+        T, parts, at = self.problem.horizon, [], {True: 0, False: self.own}
+        for c, width in zip(self.constraints, self.widths, strict=True):
+            P, first = 1 if c.terminal else T, at[c.equality]
+            at[c.equality] += P * width
+            parts.append((e if c.equality else g)[:, first:first + P * width].unflatten(1, (P, width)))
+        return g[:, :self.own].unflatten(1, (T, self.own // T)), parts
+
+    def jacobians(self, data: Instances, point: _Point) -> list[Tensor]:
+        """Of the constraints, (B, P, c, n+m) each."""
+        return [c.jacobian(*a) for c, a in zip(self.constraints, self._arguments(data, point.x, point.u), strict=True)]
+
+    def terms(self, data, point, jacobians, v, a) -> tuple[Tensor, Tensor]:
+        """Gradient of the cost plus rows' v and its Hessian plus rows' outer products times a, in knots; v and a are
+        pairs of values of (g, e)."""
+        (vh, vs), (ah, weights) = self.split(*v), self.split(*a)
+        s, H = al.stage_terms(self.problem, data, point, vh, ah)
+        for J, at, v, a in zip(jacobians, self.knots, vs, weights, strict=True):
+            s[:, at] += (v.unsqueeze(2) @ J).squeeze(2)
+            H[:, at] += (J * a.unsqueeze(3)).transpose(2, 3) @ J
+        return s, H
+
+    def curvature(self, data, point, y, v) -> Tensor:
+        """Hessian of y'k + rows' v, in knots."""
+        vh, vs = self.split(*v)
+        C = al.curvature(self.problem, data, point, vh, y)
+        for c, at, v, a in zip(self.constraints, self.knots, vs, self._arguments(data, point.x, point.u), strict=True):
+            C[:, at] += c.curvature(*a, v)
+        return C
+
+    def along(self, data, point, jacobians, dx, du) -> tuple[Tensor, Tensor]:
+        """g' dd (B, G) and e' dd (B, E)."""
+        sign, _ = self.problem.constants(dx)
+        _, inverse = al.radius_and_inverse(data.radii)
+        spheres = -2.0 * inverse * (point.offset * dx[:, 1:, self.problem.position].unsqueeze(2)).sum(3)
+        own = torch.cat([torch.cat([dx[:, 1:], du], dim=2) @ sign.T, spheres], dim=2)
+        rows = {True: [dx.new_zeros(len(dx), 0)], False: [own.flatten(1)]}
+        d = torch.cat([dx, torch.cat([du, torch.zeros_like(du[:, :1])], dim=1)], dim=2)
+        for c, J, at in zip(self.constraints, jacobians, self.knots, strict=True):
+            rows[c.equality].append((J @ d[:, at].unsqueeze(3)).flatten(1))
+        return torch.cat(rows[False], dim=1), torch.cat(rows[True], dim=1)
+
+
+@dataclass
+class _Direction:
+    """A Newton step of every sample, and the slope of the merit along it."""
+
+    dx: Tensor
+    du: Tensor
+    ds: Tensor
+    dy: Tensor
+    dz: Tensor
+    dv: Tensor
+    slope: Tensor  # (B,)
+    ok: Tensor  # (B,) the inertia is right and all numbers are finite
+
+
+@dataclass
+class _State:
+    """All that a sample carries from one iteration to the next."""
+
+    s: Tensor  # (B, G)
+    z: Tensor  # (B, G)
+    y: Tensor  # (B, T+1, n)
+    v: Tensor  # (B, E)
+    mu: Tensor  # (B,) of the barrier
+    delta_k: Tensor  # (B, T+1, n)
+    delta_g: Tensor  # (B, G)
+    delta_e: Tensor  # (B, E)
+    shift: Tensor  # (B,)
+    steps: Tensor  # (B,)
+    failures: Tensor  # (B,) in a row
+    decrement: Tensor  # (B,)
+
+    def __getitem__(self, samples) -> _State:
+        return _State(*(getattr(self, f.name)[samples] for f in fields(self)))
+
+
+def _largest(*values: Tensor) -> Tensor:
+    """(B,) largest magnitude over all of the values."""
+    found = [v.flatten(1).abs().amax(dim=1) for v in values if v.numel()]
+    return torch.stack(found).amax(dim=0)
+
+
+class _Solver:
+    """One batch on its way. Finished samples leave it; `out` collects them."""
+
+    def __init__(self, problem, data, start, settings, constraints=()):
+        self.problem, self.settings = problem, settings
+        self.lqr = al.linear_solver(settings, data, problem.horizon)
+        B = data.x_init.shape[0]
+        finite = data.is_finite() & torch.stack(
+            [torch.isfinite(v).reshape(B, -1).all(dim=1) for v in start.tensors()]).all(dim=0)
+        self.out_status = torch.where(finite, _RUNNING, _NOT_FINITE)
+        self.index = finite.nonzero()[:, 0]
+        self.rows = _Rows(problem, data, constraints)
+        self.eps = torch.finfo(data.x_init.dtype).eps
+        self._template(data, start)
+        self.data, start = data[self.index], start[self.index]
+        self.point = self.rows.at(self.data, start.x, start.u)
+        self.state = self._first(start)
+
+    def _template(self, data, start):
+        B, nan = data.x_init.shape[0], float('nan')
+        self.out = {name: v.new_full(v.shape, nan) for name, v in zip(('x', 'u', 'lam', 'eta', 'mu'), start.tensors(),
+                                                                      strict=True)}
+        self.out |= {name: start.mu.new_full((B,), nan) for name in (
+            'defect', 'violation', 'decrement', 'cost', 'error')}
+        self.out['steps'] = torch.zeros(B, dtype=torch.long, device=start.mu.device)
+        self.multipliers = [start.mu.new_full((B, 1 if c.terminal else self.problem.horizon, width), nan)
+                            for c, width in zip(self.rows.constraints, self.rows.widths, strict=True)]
+
+    def _first(self, start) -> _State:
+        """Slacks and multipliers on the central path of the first mu, those above it kept."""
+        p, mu = self.point, self.settings.barrier_0
+        B = len(p.x)
+        s = (-p.g).clamp_min(mu ** 0.5)
+        z = mu / s
+        z[:, :self.rows.own] = torch.maximum(z[:, :self.rows.own], start.lam.flatten(1))
+        delta, zero = (1.0 / start.mu).clamp(self.settings.delta_min, 1.0 / self.eps), torch.zeros_like(start.mu)
+        count = torch.zeros(B, dtype=torch.long, device=zero.device)
+        return _State(s, z, start.eta.clone(), torch.zeros_like(p.e), torch.full_like(zero, mu),
+                      delta.view(-1, 1, 1).expand_as(p.k).clone(), delta.view(-1, 1).expand_as(p.g).clone(),
+                      delta.view(-1, 1).expand_as(p.e).clone(), zero, count, count.clone(), zero + float('inf'))
+
+    def run(self) -> Solution:
+        while len(self.index):
+            finished = self.iterate()
+            if finished.any():
+                self.retire(finished)
+        o = self.out
+        start = WarmStart(*(o[k] for k in ('x', 'u', 'lam', 'eta', 'mu')))
+        return Solution(o['x'], o['u'], start, self.out_status, o['defect'], o['violation'], o['decrement'], o['cost'],
+                        o['steps'], self.out_status < 0, o['error'], tuple(self.multipliers))
+
+    def retire(self, finished):
+        """Write the finished samples to `out` and drop them."""
+        p, state, at = self.point, self.state, self.index[finished]
+        lam, multipliers = self.rows.split(state.z, state.v)
+        rows = torch.cat([p.g, p.e.abs()], dim=1)
+        violation = rows.amax(dim=1).clamp_min(0.0) if rows.shape[1] else torch.zeros_like(p.cost)
+        values = dict(x=p.x, u=p.u, lam=lam, eta=state.y, mu=1.0 / state.delta_k.flatten(1).amin(dim=1), cost=p.cost,
+                      defect=_largest(p.k), violation=violation, decrement=state.decrement, error=self.error,
+                      steps=state.steps)
+        for name, value in values.items():
+            self.out[name][at] = value[finished]
+        for out, value in zip(self.multipliers, multipliers, strict=True):
+            out[at] = value[finished]
+        self.out_status[at] = self.status[finished]
+        keep = ~finished
+        self.index = self.index[keep]
+        self.data, self.state, self.point = self.data[keep], self.state[keep], p.map(lambda v: v[keep])
+
+    def iterate(self) -> Tensor:
+        """Judge all samples and take a step of those that go on; returns which ones are finished."""
+        state = self.state
+        jacobians = self.rows.jacobians(self.data, self.point)
+        _, self.F = self.problem.phi.linearize(self.point.x[:, :-1], self.point.u)
+        self.error, barrier_error = self.errors(jacobians)
+        state.mu = self.next_barrier(barrier_error)
+        finished = self.judge()
+        if not finished.all():
+            direction = self.direction(jacobians, ~finished)
+            self.step(direction, ~finished)
+        return finished
+
+    def errors(self, jacobians) -> tuple[Tensor, Tensor]:
+        """KKT error at mu = 0 and at the sample's mu, (B,). Dual residual and complementarity are relative to the
+        mean multiplier where that is above 100 (as in Ipopt)."""
+        p, state, n = self.point, self.state, self.problem.n
+        zero = torch.zeros_like(state.z), torch.zeros_like(state.v)
+        gradient, _ = self.rows.terms(self.data, p, jacobians, (state.z, state.v), zero)
+        gradient[..., :n] -= state.y
+        gradient[:, :-1] += (state.y[:, 1:].unsqueeze(2) @ self.F).squeeze(2)
+        all_rows = torch.cat([state.z, state.v, state.y.flatten(1)], dim=1)
+        scale = 1.0 / (0.01 * all_rows.abs().mean(dim=1)).clamp_min(1.0)
+        fixed = torch.maximum(scale * _largest(gradient), _largest(p.k, p.e, p.g + state.s))
+        if not state.s.shape[1]:
+            return fixed, fixed
+        gap = state.s * state.z
+        return (torch.maximum(fixed, scale * _largest(gap)),
+                torch.maximum(fixed, scale * _largest(gap - state.mu.unsqueeze(1))))
+
+    def next_barrier(self, error) -> Tensor:
+        """mu, smaller where the barrier problem is solved well enough."""
+        mu, s = self.state.mu, self.settings
+        return torch.where(error <= s.barrier_when * mu, torch.minimum(
+            s.barrier_ratio * mu, mu ** 1.5).clamp_min(0.1 * s.tolerance), mu)
+
+    def judge(self) -> Tensor:
+        """Which samples are finished; sets `status`."""
+        state, settings, p = self.state, self.settings, self.point
+        done = self.error <= settings.tolerance
+        stuck = (state.failures >= 6) | ~torch.isfinite(self.error)
+        limit = state.steps >= settings.max_steps
+        rows = torch.cat([p.k.flatten(1), p.e, (p.g + state.s)], dim=1).abs()
+        deltas = torch.cat([state.delta_k.flatten(1), state.delta_e, state.delta_g], dim=1)
+        hopeless = ((rows > settings.tolerance ** 0.5) & (deltas <= settings.delta_min)).any(dim=1)
+        self.status = torch.where(done, _CONVERGED, torch.where(hopeless, _INFEASIBLE,
+                                                                torch.where(stuck, _SINGULAR, _LIMIT)))
+        return done | stuck | limit
+
+    def factor(self, H, C, D, wanted):
+        """Factors with the least shift that gives the right inertia; the shifts, too."""
+        T, n, settings = self.problem.horizon, self.problem.n, self.settings
+
+        def attempt(at, shift):
+            K = H[at] + C[at]
+            K.diagonal(dim1=2, dim2=3).add_(shift.view(-1, 1, 1))
+            return self.lqr.factor(K[:, :T], K[:, T, :n, :n], self.F[at], D[at])
+        shift = self.state.shift.clone()
+        factors = attempt(slice(None), shift)
+        while len(bad := (wanted & ~factors.ok & (shift < settings.shift_max)).nonzero()[:, 0]):
+            shift[bad] = (settings.shift_up * shift[bad]).clamp(settings.shift_0, settings.shift_max)
+            again = attempt(bad, shift[bad])
+            for f in fields(factors):
+                if f.name not in ('F', 'D'):
+                    getattr(factors, f.name)[bad] = getattr(again, f.name)
+        return factors, shift
+
+    def direction(self, jacobians, wanted) -> _Direction:
+        """The step of the Newton system above."""
+        p, state, T = self.point, self.state, self.problem.horizon
+        w, t = 1.0 / (state.s / state.z + state.delta_g), p.g + state.mu.unsqueeze(1) / state.z
+        pushes = state.z + w * t, state.v + p.e / state.delta_e
+        s, H = self.rows.terms(self.data, p, jacobians, pushes, (w, 1.0 / state.delta_e))
+        C = self.rows.curvature(self.data, p, state.y, (state.z, state.v))
+        factors, state.shift = self.factor(H, C, state.delta_k, wanted)
+        c = p.k + state.delta_k * state.y
+        n = self.problem.n
+        dx, du, y = (v.squeeze(3) for v in riccati.solve(
+            factors, s[:, :T].unsqueeze(3), s[:, T, :n].unsqueeze(2), c.unsqueeze(3)))
+        gd, ed = self.rows.along(self.data, p, jacobians, dx, du)
+        dz, dv = w * (gd + t), (ed + p.e) / state.delta_e
+        ds = state.delta_g * dz - gd - p.g - state.s
+        # of the merit: the cost's slope is that of s without the rows' pushes
+        rows = p.g + state.s
+        kd = state.delta_k * (y - state.y) - p.k
+        slope = ((s[..., :n] * dx).sum((1, 2)) + (s[:, :T, n:] * du).sum((1, 2)) - (pushes[0] * gd).sum(1)
+                 + ((state.z + rows / state.delta_g) * (gd + ds) - state.mu.unsqueeze(1) / state.s * ds).sum(1)
+                 + ((state.y + p.k / state.delta_k) * kd).sum((1, 2)))
+        ok = factors.ok & torch.isfinite(slope) & (slope <= 1e2 * self.eps * (1.0 + p.cost.abs()))
+        return _Direction(dx, du, ds, y - state.y, dz, dv, slope, ok)
+
+    def merit(self, at, point: _Point, s: Tensor) -> Tensor:
+        """A of the samples `at`, (count,)."""
+        state, rows = self.state[at], point.g + s
+        return (point.cost - state.mu * s.log().sum(1) + ((state.z + 0.5 * rows / state.delta_g) * rows).sum(1)
+                + ((state.y + 0.5 * point.k / state.delta_k) * point.k).sum((1, 2))
+                + ((state.v + 0.5 * point.e / state.delta_e) * point.e).sum(1))
+
+    def step(self, d: _Direction, wanted: Tensor):
+        """Line search and update of the samples `wanted`."""
+        p, state, settings = self.point, self.state, self.settings
+        before = self.merit(slice(None), p, state.s)
+        tau = torch.maximum(1.0 - state.mu, torch.full_like(state.mu, settings.boundary))
+        alpha, alpha_z = _to_boundary(state.s, d.ds, tau), _to_boundary(state.z, d.dz, tau)
+        slack = 10.0 * self.eps * (before.abs() + p.cost.abs() + 1.0)  # rounding must not stop it
+        took = torch.zeros_like(wanted)
+        left = (wanted & d.ok).nonzero()[:, 0]
+        new, new_s = p.map(torch.clone), state.s.clone()
+        for _ in range(settings.halvings):
+            if not len(left):
+                break
+            a = alpha[left]
+            trial = self.rows.at(self.data[left], p.x[left] + a.view(-1, 1, 1) * d.dx[left],
+                                 p.u[left] + a.view(-1, 1, 1) * d.du[left])
+            s = state.s[left] + a.unsqueeze(1) * d.ds[left]
+            good = self.merit(left, trial, s) <= (before + slack)[left] + settings.armijo * a * d.slope[left]
+            at = left[good]
+            took[at], new_s[at] = True, s[good]
+            for f in fields(new):
+                getattr(new, f.name)[at] = getattr(trial, f.name)[good]
+            left = left[~good]
+            alpha[left] *= 0.5
+        self.update(d, took, wanted, alpha, alpha_z, new, new_s)
+
+    def update(self, d, took, wanted, alpha, alpha_z, new, new_s):
+        """Move the samples that `took` a step of length alpha; adapt delta and shift."""
+        p, state, settings = self.point, self.state, self.settings
+        step = torch.where(took, alpha, 0.0)
+        state.z = torch.where(took.unsqueeze(1), state.z + alpha_z.unsqueeze(1) * d.dz, state.z)
+        state.y = select(took, state.y + step.view(-1, 1, 1) * d.dy, state.y)
+        state.v = select(took, state.v + step.unsqueeze(1) * d.dv, state.v)
+        for name, old, now in (('delta_k', p.k, new.k), ('delta_e', p.e, new.e),
+                               ('delta_g', p.g + state.s, new.g + new_s)):
+            delta = getattr(state, name)
+            slow = (now.abs() >= settings.delta_when * old.abs()) & (now.abs() > settings.tolerance)
+            smaller = torch.where(slow, (settings.delta_ratio * delta).clamp_min(settings.delta_min), delta)
+            setattr(state, name, select(took, smaller, delta))
+        self.point, state.s = new, new_s
+        state.decrement = torch.where(d.ok, (-d.slope).clamp_min(0.0) / (1e-2 + new.cost.abs()), state.decrement)
+        less = settings.shift_down * state.shift
+        state.shift = torch.where(took, torch.where(less < 0.01 * settings.shift_0, 0.0, less),
+                                  (settings.shift_up * state.shift).clamp(settings.shift_0, settings.shift_max))
+        state.failures = torch.where(took, 0, state.failures + wanted)
+        state.steps = state.steps + wanted
+
+
+def _to_boundary(s: Tensor, ds: Tensor, tau: Tensor) -> Tensor:
+    """(B,) the largest step length <= 1 with s + alpha ds >= (1 - tau) s."""
+    if not s.shape[1]:
+        return torch.ones_like(tau)
+    return (tau / (-ds / s).amax(dim=1).clamp_min(1e-300)).clamp_max(1.0)
+
+
+__all__ = ['STATUS', 'Constraint', 'Function', 'Settings', 'Solution', 'Status', 'WarmStart', 'at_reference',
+           'cold_start', 'guess', 'solve']
