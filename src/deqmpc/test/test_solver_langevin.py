@@ -198,6 +198,17 @@ def test_where_a_flow_diverges_its_start_is_handed_on():
     assert torch.equal(end.x, start.x) and torch.equal(end.u, start.u)
 
 
+def test_a_path_around_the_wall_escapes_and_paths_through_it_or_that_stay_do_not():
+    def path(*corners):
+        pairs = zip(corners, corners[1:], strict=False)
+        share = torch.linspace(0.0, 1.0, 25, dtype=torch.float64).unsqueeze(1)
+        p = torch.cat([torch.tensor(a) + share * (torch.tensor(c) - torch.tensor(a)) for a, c in pairs])
+        return nonconvex.escaped(torch.cat([p, p[:, :1]], dim=1).unsqueeze(0)).item()
+    assert path((-1.0, 0.0), (-1.6, 0.0), (-1.6, 1.6), (1.0, 1.6), (1.0, 0.0))
+    assert not path((-1.0, 0.25), (1.0, 0.25), (1.0, 0.0))  # between two discs
+    assert not path((-1.0, 0.0), (-0.4, 0.0))
+
+
 def test_wrong_numbers_and_shapes_are_one_clear_sentence():
     for changes, said in (({'steps': 0}, 'steps = 0'), ({'alpha': 0.0}, 'alpha = 0'), ({'sigma': -1.0}, 'sigma = -1'),
                           ({'mu': math.nan}, 'mu = nan'), ({'quiet': 1.5}, 'quiet = 1.5'),
