@@ -90,7 +90,7 @@ def _at_origin(problem, x_init, centers=None, radii=None, goal=None) -> Instance
 
 
 def escaped(x: Tensor) -> Tensor:
-    """(B,) whether trajectories x (B, T+1, 3) end within 0.3 m of the goal with every knot 0.9 RADIUS or more from every
+    """(B,) whether trajectories x (B, T+1, 3) end within 0.3 m of the goal with every knot 0.9 RADIUS or more from each
     disc's centre. A way through the wall, between two discs, comes within 0.25 m of one, 0.71 RADIUS."""
     p = x[..., :2]
     near = (p[:, -1] - x.new_tensor(GOAL)).norm(dim=-1) < 0.3
