@@ -43,7 +43,8 @@ class TrialSettings:
     start_distance: float = parameter(1.0, 'Random start: least distance to the goal (m)', 0.0, 100.0)
     engage_clearance: float = parameter(0.1, 'Least clearance of the spheres when engaging (m)', 0.0, 10.0)
     settle_radius: float = parameter(0.10, 'At the start when closer than this (m)', 0.001, 2.0)
-    settle_speed: float = parameter(0.15, 'Settled when slower than this (m/s)', 0.001, 5.0)
+    settle_speed: float = parameter(0.05, 'Settled when slower than this on average over settle_time (m/s); the speed '
+                                    'of a moment is mostly noise of the mocap', 0.001, 5.0)
     settle_time: float = parameter(1.0, 'Settled after this long at the start (s)', 0.0, 60.0)
     fresh: float = parameter(0.5, 'Pose and plan younger than this are fresh (s)', 0.01, 10.0)
     status_lost: float = parameter(2.0, 'Without a status for this long the trial is aborted (s)', 0.1, 60.0)
@@ -179,7 +180,7 @@ class TrialConductor:
         self._asked: float | None = None  # when its action was last sent
         self._pending = ''  # service without an answer yet
         self._refusal = ''  # last answer that was a refusal
-        self._arrived: float | None = None  # since when the drone has been at the start
+        self._arrived: tuple[float, np.ndarray] | None = None  # since when the drone has been at the start, and where
         self._first_tick: int | None = None
         self._distance = math.nan
         self._second_landing = False
@@ -271,11 +272,12 @@ class TrialConductor:
             return self._lost(now, seen)
         s = self.settings
         # An interface refuses to engage while its own motion is not over.
-        if not (self._at_start(seen) and seen.speed <= s.settle_speed and seen.go_to != 'active'):
+        if not self._at_start(seen) or seen.go_to == 'active':
             self._arrived = None
-        elif self._arrived is None:
-            self._arrived = now
-        if self._arrived is not None and now - self._arrived >= s.settle_time:
+        elif self._arrived is None or (
+                np.linalg.norm(seen.position - self._arrived[1]) > s.settle_speed * s.settle_time):
+            self._arrived = now, np.array(seen.position)
+        if self._arrived is not None and now - self._arrived[0] >= s.settle_time:
             clearance = self._clearance(now, seen)
             if seen.plan_age < s.fresh and clearance >= s.engage_clearance:
                 return self._enter('engaging', now, 'engaging')

@@ -180,3 +180,17 @@ def test_bad_settings_are_named():
             TrialSettings(**wrong)
     assert parse_start('1, 2, 3, 0.5').yaw == 0.5 and parse_start('random') is None
     assert all(f.metadata['description'] for f in dataclasses.fields(TrialSettings))
+
+
+@pytest.mark.parametrize('wobble, ends', [(0.0, True), (0.06, False)])
+def test_a_drone_at_rest_settles_though_its_speed_is_noisy_and_one_that_wobbles_does_not(wobble, ends):
+    flight = FakeFlight()
+    clean = flight.seen
+
+    def noisy():
+        seen = clean()
+        moved = None if seen.position is None else seen.position + [wobble * math.sin(6.0 * flight.t), 0.0, 0.0]
+        return dataclasses.replace(seen, speed=0.2, position=moved)
+    flight.seen = noisy
+    done, stages, _ = fly(flight)
+    assert ('following' in stages) == ends and (ends or 'settling not done after 30 s: not settled' in done.reason)
