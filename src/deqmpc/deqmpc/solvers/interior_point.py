@@ -23,9 +23,13 @@ Elimination of ds, dv and dz leaves a dual-regularised LQR (deqmpc.solvers.ricca
 Descent. Where the matrix has the inertia of a minimum, which the recursion's pivots certify (`Factors.ok`), the slope
 of A along (dd, ds) with fixed multipliers is
   -( dd' P dd + ds' (z/s) ds + |k' dd|^2/delta_k + |e' dd|^2/delta_e + |g' dd + ds|^2/delta_g )  < 0.
-So `shift` grows until the pivots are positive, and a line search on A always finds a step. The multipliers follow by
-the same step length; mu falls when the KKT error is below a multiple of it, the delta of a row when its residual does
-not. A finite delta only limits the step: at a solution all of k, e, g + s are zero.
+So where the inertia is wrong the curvature of the rows is left out (Gauss-Newton, `gauss_newton`), then `shift` grows,
+until the pivots are positive, and a line search on A always finds a step. At every trajectory it tries, it takes the
+slacks that minimise A there, the root s > 0 of s^2 + (g + delta z) s = delta mu, which only lowers A further: slacks
+that move on a straight line make the rows of spheres that the step bends, and their boundary s > 0, cut it short.
+The multipliers y and v follow by the same step length, z by its own to the boundary; mu falls when the KKT error is
+below a multiple of it, the delta of a row when its residual does not. A finite delta only limits the step: at a
+solution all of k, e, g + s are zero.
 
 Every sample has its own mu, delta, shift, step length and status, and never sees another one. Settings, problem,
 warm start (x, u, lam = z, eta = y, mu = 1/delta) and solution are those of deqmpc.solvers.augmented_lagrangian, so
@@ -58,10 +62,12 @@ class Settings:
     barrier_0: float = 0.1  # first mu
     barrier_ratio: float = 0.2  # mu <- min(ratio mu, mu^1.5) ...
     barrier_when: float = 10.0  # ... when the KKT error is below this multiple of mu
-    delta_0: float = 1e-3  # first dual regularisation, 1/penalty, of a cold start
+    delta_0: float = 1e-4  # first dual regularisation, 1/penalty, of a cold start
     delta_ratio: float = 0.5  # delta of a row <- ratio delta ...
     delta_when: float = 0.9  # ... when its residual is above this share of the last one
-    delta_min: float = 1e-9  # smallest delta
+    delta_min: float = 1e-6  # smallest delta
+    gauss_newton: bool = True  # where the inertia is wrong, leave the curvature of the rows out before shifting
+    newton_below: float = float('inf')  # KKT error from which on the exact Hessian is tried
     shift_0: float = 1e-4  # first primal regularisation where the inertia is wrong
     shift_up: float = 8.0  # its factor from one attempt to the next
     shift_down: float = 0.2  # its factor after a step
@@ -123,13 +129,13 @@ class Function:
     def jacobian(self, x: Tensor, u: Tensor, r: Tensor) -> Tensor:
         """See Constraint."""
         n = x.shape[-1]
-        rows = torch.func.jacfwd(lambda z, r: self.function(z[:n], z[n:], r))
+        rows = torch.func.jacrev(lambda z, r: self.function(z[:n], z[n:], r))
         return torch.vmap(torch.vmap(rows))(torch.cat([x, u], dim=-1), r)
 
     def curvature(self, x: Tensor, u: Tensor, r: Tensor, v: Tensor) -> Tensor:
         """See Constraint."""
         n = x.shape[-1]
-        hessian = torch.func.hessian(lambda z, r, v: (v * self.function(z[:n], z[n:], r)).sum())
+        hessian = torch.func.jacrev(torch.func.grad(lambda z, r, v: (v * self.function(z[:n], z[n:], r)).sum()))
         return torch.vmap(torch.vmap(hessian))(torch.cat([x, u], dim=-1), r, v)
 
 
@@ -345,9 +351,11 @@ class _Solver:
 
     def run(self) -> Solution:
         while len(self.index):
-            finished = self.iterate()
+            finished = self.judge()
             if finished.any():
                 self.retire(finished)
+            if not finished.all():
+                self.step(self.direction())
         o = self.out
         start = WarmStart(*(o[k] for k in ('x', 'u', 'lam', 'eta', 'mu')))
         return Solution(o['x'], o['u'], start, self.out_status, o['defect'], o['violation'], o['decrement'], o['cost'],
@@ -370,26 +378,19 @@ class _Solver:
         keep = ~finished
         self.index = self.index[keep]
         self.data, self.state, self.point = self.data[keep], self.state[keep], p.map(lambda v: v[keep])
+        self.F, self.jacobians, self.error = self.F[keep], [J[keep] for J in self.jacobians], self.error[keep]
 
-    def iterate(self) -> Tensor:
-        """Judge all samples and take a step of those that go on; returns which ones are finished."""
-        state = self.state
-        jacobians = self.rows.jacobians(self.data, self.point)
+    def linearize(self):
+        """Jacobians of the dynamics and of the constraints at the point."""
+        self.jacobians = self.rows.jacobians(self.data, self.point)
         _, self.F = self.problem.phi.linearize(self.point.x[:, :-1], self.point.u)
-        self.error, barrier_error = self.errors(jacobians)
-        state.mu = self.next_barrier(barrier_error)
-        finished = self.judge()
-        if not finished.all():
-            direction = self.direction(jacobians, ~finished)
-            self.step(direction, ~finished)
-        return finished
 
-    def errors(self, jacobians) -> tuple[Tensor, Tensor]:
+    def errors(self) -> tuple[Tensor, Tensor]:
         """KKT error at mu = 0 and at the sample's mu, (B,). Dual residual and complementarity are relative to the
         mean multiplier where that is above 100 (as in Ipopt)."""
         p, state, n = self.point, self.state, self.problem.n
         zero = torch.zeros_like(state.z), torch.zeros_like(state.v)
-        gradient, _ = self.rows.terms(self.data, p, jacobians, (state.z, state.v), zero)
+        gradient, _ = self.rows.terms(self.data, p, self.jacobians, (state.z, state.v), zero)
         gradient[..., :n] -= state.y
         gradient[:, :-1] += (state.y[:, 1:].unsqueeze(2) @ self.F).squeeze(2)
         all_rows = torch.cat([state.z, state.v, state.y.flatten(1)], dim=1)
@@ -408,8 +409,11 @@ class _Solver:
             s.barrier_ratio * mu, mu ** 1.5).clamp_min(0.1 * s.tolerance), mu)
 
     def judge(self) -> Tensor:
-        """Which samples are finished; sets `status`."""
+        """Linearise, adapt mu, and tell which samples are finished; sets `status`."""
         state, settings, p = self.state, self.settings, self.point
+        self.linearize()
+        self.error, barrier_error = self.errors()
+        state.mu = self.next_barrier(barrier_error)
         done = self.error <= settings.tolerance
         stuck = (state.failures >= 6) | ~torch.isfinite(self.error)
         limit = state.steps >= settings.max_steps
@@ -420,37 +424,40 @@ class _Solver:
                                                                 torch.where(stuck, _SINGULAR, _LIMIT)))
         return done | stuck | limit
 
-    def factor(self, H, C, D, wanted):
-        """Factors with the least shift that gives the right inertia; the shifts, too."""
+    def factor(self, H, C, D):
+        """Factors of the first Hessian with the right inertia, exact, Gauss-Newton or shifted; and its shift."""
         T, n, settings = self.problem.horizon, self.problem.n, self.settings
 
         def attempt(at, shift):
-            K = H[at] + C[at]
+            K = H[at] + curved[at].view(-1, 1, 1, 1) * C[at]
             K.diagonal(dim1=2, dim2=3).add_(shift.view(-1, 1, 1))
             return self.lqr.factor(K[:, :T], K[:, T, :n, :n], self.F[at], D[at])
-        shift = self.state.shift.clone()
+        shift, curved = self.state.shift.clone(), self.error < settings.newton_below
         factors = attempt(slice(None), shift)
-        while len(bad := (wanted & ~factors.ok & (shift < settings.shift_max)).nonzero()[:, 0]):
-            shift[bad] = (settings.shift_up * shift[bad]).clamp(settings.shift_0, settings.shift_max)
+        while len(bad := (~factors.ok & (shift < settings.shift_max)).nonzero()[:, 0]):
+            straighten = curved[bad] & settings.gauss_newton
+            curved[bad] = curved[bad] & ~straighten
+            more = (settings.shift_up * shift[bad]).clamp(settings.shift_0, settings.shift_max)
+            shift[bad] = torch.where(straighten, shift[bad], more)
             again = attempt(bad, shift[bad])
             for f in fields(factors):
                 if f.name not in ('F', 'D'):
                     getattr(factors, f.name)[bad] = getattr(again, f.name)
         return factors, shift
 
-    def direction(self, jacobians, wanted) -> _Direction:
+    def direction(self) -> _Direction:
         """The step of the Newton system above."""
         p, state, T = self.point, self.state, self.problem.horizon
         w, t = 1.0 / (state.s / state.z + state.delta_g), p.g + state.mu.unsqueeze(1) / state.z
         pushes = state.z + w * t, state.v + p.e / state.delta_e
-        s, H = self.rows.terms(self.data, p, jacobians, pushes, (w, 1.0 / state.delta_e))
+        s, H = self.rows.terms(self.data, p, self.jacobians, pushes, (w, 1.0 / state.delta_e))
         C = self.rows.curvature(self.data, p, state.y, (state.z, state.v))
-        factors, state.shift = self.factor(H, C, state.delta_k, wanted)
+        factors, state.shift = self.factor(H, C, state.delta_k)
         c = p.k + state.delta_k * state.y
         n = self.problem.n
         dx, du, y = (v.squeeze(3) for v in riccati.solve(
             factors, s[:, :T].unsqueeze(3), s[:, T, :n].unsqueeze(2), c.unsqueeze(3)))
-        gd, ed = self.rows.along(self.data, p, jacobians, dx, du)
+        gd, ed = self.rows.along(self.data, p, self.jacobians, dx, du)
         dz, dv = w * (gd + t), (ed + p.e) / state.delta_e
         ds = state.delta_g * dz - gd - p.g - state.s
         # of the merit: the cost's slope is that of s without the rows' pushes
@@ -469,15 +476,22 @@ class _Solver:
                 + ((state.y + 0.5 * point.k / state.delta_k) * point.k).sum((1, 2))
                 + ((state.v + 0.5 * point.e / state.delta_e) * point.e).sum(1))
 
-    def step(self, d: _Direction, wanted: Tensor):
-        """Line search and update of the samples `wanted`."""
+    def best_slacks(self, at, g: Tensor) -> Tensor:
+        """The slacks that minimise A for rows g (count, G) of the samples `at`: s^2 + b s = delta mu > 0."""
+        state = self.state[at]
+        b, product = g + state.delta_g * state.z, state.delta_g * state.mu.unsqueeze(1)
+        root = (b.square() + 4.0 * product).sqrt()
+        return torch.where(b > 0, 2.0 * product / (b + root), 0.5 * (root - b))
+
+    def step(self, d: _Direction):
+        """Line search and update."""
         p, state, settings = self.point, self.state, self.settings
         before = self.merit(slice(None), p, state.s)
         tau = torch.maximum(1.0 - state.mu, torch.full_like(state.mu, settings.boundary))
-        alpha, alpha_z = _to_boundary(state.s, d.ds, tau), _to_boundary(state.z, d.dz, tau)
+        alpha, alpha_z = torch.ones_like(state.mu), _to_boundary(state.z, d.dz, tau)
         slack = 10.0 * self.eps * (before.abs() + p.cost.abs() + 1.0)  # rounding must not stop it
-        took = torch.zeros_like(wanted)
-        left = (wanted & d.ok).nonzero()[:, 0]
+        took = torch.zeros_like(d.ok)
+        left = d.ok.nonzero()[:, 0]
         new, new_s = p.map(torch.clone), state.s.clone()
         for _ in range(settings.halvings):
             if not len(left):
@@ -485,7 +499,7 @@ class _Solver:
             a = alpha[left]
             trial = self.rows.at(self.data[left], p.x[left] + a.view(-1, 1, 1) * d.dx[left],
                                  p.u[left] + a.view(-1, 1, 1) * d.du[left])
-            s = state.s[left] + a.unsqueeze(1) * d.ds[left]
+            s = self.best_slacks(left, trial.g)
             good = self.merit(left, trial, s) <= (before + slack)[left] + settings.armijo * a * d.slope[left]
             at = left[good]
             took[at], new_s[at] = True, s[good]
@@ -493,9 +507,9 @@ class _Solver:
                 getattr(new, f.name)[at] = getattr(trial, f.name)[good]
             left = left[~good]
             alpha[left] *= 0.5
-        self.update(d, took, wanted, alpha, alpha_z, new, new_s)
+        self.update(d, took, alpha, alpha_z, new, new_s)
 
-    def update(self, d, took, wanted, alpha, alpha_z, new, new_s):
+    def update(self, d, took, alpha, alpha_z, new, new_s):
         """Move the samples that `took` a step of length alpha; adapt delta and shift."""
         p, state, settings = self.point, self.state, self.settings
         step = torch.where(took, alpha, 0.0)
@@ -513,8 +527,8 @@ class _Solver:
         less = settings.shift_down * state.shift
         state.shift = torch.where(took, torch.where(less < 0.01 * settings.shift_0, 0.0, less),
                                   (settings.shift_up * state.shift).clamp(settings.shift_0, settings.shift_max))
-        state.failures = torch.where(took, 0, state.failures + wanted)
-        state.steps = state.steps + wanted
+        state.failures = torch.where(took, 0, state.failures + 1)
+        state.steps = state.steps + 1
 
 
 def _to_boundary(s: Tensor, ds: Tensor, tau: Tensor) -> Tensor:
