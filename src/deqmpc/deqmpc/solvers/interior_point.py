@@ -67,7 +67,6 @@ class Settings:
     delta_when: float = 0.9  # ... when its residual is above this share of the last one
     delta_min: float = 1e-6  # smallest delta
     gauss_newton: bool = True  # where the inertia is wrong, leave the curvature of the rows out before shifting
-    newton_below: float = float('inf')  # KKT error from which on the exact Hessian is tried
     shift_0: float = 1e-4  # first primal regularisation where the inertia is wrong
     shift_up: float = 8.0  # its factor from one attempt to the next
     shift_down: float = 0.2  # its factor after a step
@@ -378,7 +377,7 @@ class _Solver:
         keep = ~finished
         self.index = self.index[keep]
         self.data, self.state, self.point = self.data[keep], self.state[keep], p.map(lambda v: v[keep])
-        self.F, self.jacobians, self.error = self.F[keep], [J[keep] for J in self.jacobians], self.error[keep]
+        self.F, self.jacobians = self.F[keep], [J[keep] for J in self.jacobians]
 
     def linearize(self):
         """Jacobians of the dynamics and of the constraints at the point."""
@@ -432,7 +431,8 @@ class _Solver:
             K = H[at] + curved[at].view(-1, 1, 1, 1) * C[at]
             K.diagonal(dim1=2, dim2=3).add_(shift.view(-1, 1, 1))
             return self.lqr.factor(K[:, :T], K[:, T, :n, :n], self.F[at], D[at])
-        shift, curved = self.state.shift.clone(), self.error < settings.newton_below
+        shift = self.state.shift.clone()
+        curved = torch.ones_like(shift, dtype=torch.bool)
         factors = attempt(slice(None), shift)
         while len(bad := (~factors.ok & (shift < settings.shift_max)).nonzero()[:, 0]):
             straighten = curved[bad] & settings.gauss_newton
