@@ -15,8 +15,7 @@ from deqmpc.airframe import Airframe
 from deqmpc.dynamics.crazyflie import Crazyflie
 from deqmpc.dynamics.pendulum import Pendulum
 from deqmpc.problem import Instances, Problem
-from deqmpc.reproduce import Plan, Results, command
-from deqmpc.reproduce.runs import BUDGETS
+from deqmpc.reproduce import Results, command
 from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.solvers import interior_point as ip
 
@@ -276,14 +275,13 @@ def test_bad_settings_shapes_and_a_gradient_through_constraints_are_one_clear_er
         ip.solve(problem, data, constraints=CONSTRAINTS[3:])
 
 
-def test_the_experiment_runs_and_its_linear_part_holds(tmp_path):
+def test_residuals_of_the_recursions_do_not_grow_as_delta_falls_and_those_of_the_normal_equations_do():
     experiment = command.load(command.experiments()['riccati_interior_point'])
     made = Results([{'x': '', 'steps': 1, 'solved': 1.0, 'cost': 0.0, **r} for r in experiment.linear_rows(3)])
     assert {r['x'] for r in made.rows} == set(experiment.DELTAS)
     for variant, limit in (('sequential', 1e-10), ('parallel', 1e-8)):
         assert max(r['residual'] for r in made.select(variant=variant)) < limit
     assert max(r['residual'] for r in made.select(variant='normal equations', x=experiment.DELTAS[-1])) > 1e-8
-    assert Plan(BUDGETS['smoke'], 2).seeds == experiment.SEEDS['smoke']
 
 
 @pytest.mark.parametrize('T', [5, 20])
