@@ -104,8 +104,9 @@ class FlightWatch:
 
     IN_AIR = ('taking_off', 'holding', 'following', 'landing')
 
-    def __init__(self, node: Node, robot: str, silence: float = 1.0):
-        """Subscribe to the status of `robot`; after `silence` s without one nobody holds the drone."""
+    def __init__(self, node: Node, robot: str, silence: float = 5.0):
+        """Subscribe to the status of `robot`; after `silence` s without one nobody holds the drone. That is longer than
+        a landing takes: on a stalled machine statuses come late, and who leaves early leaves a drone in the air."""
         self._name = f'{robot}/flight'
         self._silence = silence
         self._in_air = False
