@@ -47,7 +47,6 @@ def encounter(path: np.ndarray, ahead: np.ndarray, spheres: Obstacles) -> Encoun
     """Nearest approach of `path` (n, 3) m, world, at the times `ahead` (n,) s to `spheres`, which hold at 0."""
     if len(spheres.radius) == 0:
         return Encounter(np.inf, 0.0, -1, np.inf)
-    centres = spheres.position + ahead[:, None, None] * spheres.velocity  # (n, K, 3)
-    clearance = np.linalg.norm(path[:, None] - centres, axis=2) - spheres.radius  # (n, K)
+    clearance = spheres.clearances(path, ahead)  # (n, K)
     i, k = np.unravel_index(np.argmin(clearance), clearance.shape)
     return Encounter(float(clearance[i, k]), float(ahead[i]), int(k), float(clearance[0].min()))

@@ -420,8 +420,10 @@ class FlightManager:
     def _meetings(self, setpoint, fault, velocity, now) -> dict[str, collision.Encounter]:
         """The flown plan and the measured motion with the spheres, while a plan is followed."""
         s = self.settings
+        if setpoint is None or fault or s.collision_horizon == 0.0:
+            return {}
         ahead, spheres = collision.instants(s.collision_horizon), self._spheres(now)
-        if setpoint is None or fault or s.collision_horizon == 0.0 or len(spheres.radius) == 0:
+        if len(spheres.radius) == 0:
             return {}
         plan = positions_at(self._plan, now + s.look_ahead + ahead)
         meetings = {'planned': collision.encounter(plan, ahead, spheres)}

@@ -48,6 +48,12 @@ class Obstacles:
         return dataclasses.replace(
             self, stamp=stamp, position=self.position + (stamp - self.stamp) * self.velocity)
 
+    def clearances(self, path: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+        """Distances (n, K) in m from the points of `path` (n, 3) to the spheres' surfaces, each `ahead` (n,) s after
+        the stamp, at constant velocity. Negative inside a sphere."""
+        centres = self.position + ahead[:, None, None] * self.velocity  # (n, K, 3)
+        return np.linalg.norm(path[:, None] - centres, axis=2) - self.radius
+
     def clearance(self, point: np.ndarray) -> tuple[float, int]:
         """Distance (m) from `point` (3,) to the nearest sphere's surface, and that sphere's index.
 

@@ -27,7 +27,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import random
@@ -37,14 +36,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from deqmpc import yaml_file
 from deqmpc.policies import model
 from deqmpc.provenance import commit
 from deqmpc_bringup.composition import CompositionError, compose, parse_assignments, share_dir
 from deqmpc_bringup.fly import fly
-from deqmpc_bringup.trial import OUTCOME, flown, fly_in_process, parse_seeds
+from deqmpc_bringup.trial import OUTCOME, flown, fly_all, parse_seeds, processes
 from flight_log.evaluate import main as evaluate
 
 PACKAGES = ('deqmpc', 'numpy', 'torch', 'cflib', 'rosbags', 'mcap')
@@ -180,8 +177,7 @@ def engine(jobs: int, scheduler: str) -> Iterator[concurrent.futures.Executor]:
     """Where trials are flown: `jobs` processes here, or the workers of a Dask cluster at the address `scheduler`, which
     must see the campaign's folder under the same path. CompositionError where Dask is not installed or not there."""
     if not scheduler:
-        # spawn: torch's threads do not survive a fork.
-        with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn')) as pool:
+        with processes(jobs) as pool:
             yield pool
         return
     try:
@@ -194,16 +190,6 @@ def engine(jobs: int, scheduler: str) -> Iterator[concurrent.futures.Executor]:
         raise CompositionError(f'--dask {scheduler}: no scheduler answers: {error}') from error
     with client:
         yield client.get_executor(pure=False)
-
-
-def fly_all(todo: list[tuple[str, dict[str, str]]], campaign: Campaign, pool, done: Callable[[str, str], None]) -> None:
-    """Fly in the twin; `done(name, reason)` after each. One trial that raises says so; the others fly on."""
-    futures = {pool.submit(fly_in_process, given): name for name, given in todo}
-    bar = tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit='trial',
-               disable=not sys.stderr.isatty())
-    for future in bar:
-        error = future.exception()
-        done(futures[future], f'{type(error).__name__}: {error}' if error else future.result())
 
 
 def fly_in_turn(todo: list[tuple[str, dict[str, str]]], campaign: Campaign, limit: float,
@@ -249,7 +235,8 @@ def main(argv: list[str]) -> int:
         print(f'{len(left)} of {len(todo)} trials to fly, in {folder}', file=sys.stderr)
         if left and campaign.mode == 'sim' and campaign.in_process:
             with engine(max(1, options.jobs), options.dask) as pool:
-                fly_all(left, campaign, pool, manifest.note)
+                for name, reason in fly_all(left, pool):
+                    manifest.note(name, reason)
         elif left:
             fly_in_turn(left, campaign, options.time_limit, manifest.note)
     except KeyboardInterrupt:

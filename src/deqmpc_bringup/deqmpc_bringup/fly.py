@@ -1,4 +1,4 @@
-"""`deqmpc fly` and `deqmpc replay`: the rows of a mode as processes, where only pip is at hand."""
+"""`deqmpc fly`: the rows of a mode as processes, where only pip is at hand."""
 
 from __future__ import annotations
 
@@ -89,14 +89,6 @@ def main(argv: list[str]) -> int:
         return 2
     print(f'logs and bag: {run_dir}')
     return status
-
-
-def replay(argv: list[str]) -> int:
-    """Play a bag's pose, odometry and obstacles into the policy node."""
-    if not argv or argv[0].startswith('-'):
-        print('usage: deqmpc replay BAG [name:=value ...]', file=sys.stderr)
-        return 0 if argv and argv[0] in ('-h', '--help') else 2
-    return main(['replay', f'bag:={argv[0]}', *argv[1:]])
 
 
 if __name__ == '__main__':

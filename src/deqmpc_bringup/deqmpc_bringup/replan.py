@@ -27,10 +27,11 @@ import numpy as np
 import yaml
 
 from deqmpc import interface
+from deqmpc.dynamics import rotation
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 from deqmpc_bringup.composition import CompositionError, compose, parse_assignments
+from deqmpc_bringup.fly import main as fly
 from deqmpc_bringup.fly import new_run_dir
-from deqmpc_bringup.fly import replay as replay_in_graph
 from deqmpc_controller.node import Settings as PolicySettings
 from deqmpc_controller.node import policy_loop
 from deqmpc_controller.plan_gate import ACCEPTED
@@ -151,9 +152,7 @@ def clearance(times: np.ndarray | None, path: np.ndarray | None, obstacles: Obst
         return math.nan
     if obstacles is None or not len(obstacles.radius):
         return math.inf
-    ahead = np.maximum(np.asarray(times) - now, 0.0)
-    centres = obstacles.position[None] + ahead[:, None, None] * obstacles.velocity[None]
-    return float((np.linalg.norm(path[:, None] - centres, axis=2) - obstacles.radius).min())
+    return float(obstacles.clearances(path, np.maximum(np.asarray(times) - now, 0.0)).min())
 
 
 @dataclass(frozen=True)
@@ -219,12 +218,9 @@ def refly(flight: Flight, given: dict[str, str], run_dir: Path) -> Path:
     if follows is None:
         raise CompositionError(f'{flight.path}: the drone never followed a plan; there is no start to fly again')
     i = max(int(latest(np.array([follows]), flight.odom.t)[0]), 0)
-    x, y, z, w = flight.odom.quaternion[i]
-    yaw = math.atan2(2.0 * (w * z + x * y), 1.0 - 2.0 * (y * y + z * z))
-    start = ' '.join(f'{v:.4f}' for v in (*flight.odom.position[i], yaw))
-    moving = len(flight.spheres.t) > 1 and np.nanmax(np.ptp(flight.spheres.position, axis=0), initial=0.0) > 1e-3
+    start = ' '.join(f'{v:.4f}' for v in (*flight.odom.position[i], rotation.yaw(flight.odom.quaternion[i])))
     run_dir.mkdir(parents=True, exist_ok=True)
-    if moving:
+    if flight.spheres.moving:
         if 'seed' not in flight.metadata:
             raise CompositionError(f'{flight.path}: its spheres move and it names no seed; give seed:=N')
         field = {'obstacles': 'moving', 'seed': flight.metadata['seed']}
@@ -255,7 +251,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument('--sim', action='store_true', help='fly the recorded start again in simulation, and compare')
     options = parser.parse_intermixed_args(argv)
     if not options.policy and not options.sim:
-        return replay_in_graph([options.bag, *options.arguments])
+        return fly(['replay', f'bag:={options.bag}', *options.arguments])
     try:
         given = parse_assignments(options.arguments)
         if options.policy:

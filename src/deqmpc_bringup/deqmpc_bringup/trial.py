@@ -11,6 +11,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -71,17 +72,19 @@ def resident_mb() -> float:
     return 1e-6 * pages * resource.getpagesize()
 
 
-def _fly_all_in_process(todo: list[dict[str, str]], jobs: int) -> list[str]:
-    # spawn: torch's threads do not survive a fork.
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn')) as pool:
-        futures = {pool.submit(fly_in_process, given): given['seed'] for given in todo}
-        reasons = {}
-        for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit='trial',
-                           disable=not sys.stderr.isatty()):
-            # One trial that raises says so in its row; the others fly on.
-            error = future.exception()
-            reasons[futures[future]] = f'{type(error).__name__}: {error}' if error else future.result()
-    return [reasons[given['seed']] for given in todo]
+def processes(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
+    """`jobs` processes to fly in. Spawned: torch's threads do not survive a fork."""
+    return concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'))
+
+
+def fly_all(todo: list[tuple[str, dict[str, str]]], pool: concurrent.futures.Executor) -> Iterator[tuple[str, str]]:
+    """Fly the trials (name, arguments) in the twin; (name, '' or why it failed) of each as it ends. One that raises
+    says so; the others fly on."""
+    futures = {pool.submit(fly_in_process, given): name for name, given in todo}
+    for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), unit='trial',
+                       disable=not sys.stderr.isatty()):
+        error = future.exception()
+        yield futures[future], f'{type(error).__name__}: {error}' if error else future.result()
 
 
 def flown(given: dict[str, str]) -> str | None:
@@ -139,7 +142,8 @@ def main(argv: list[str]) -> int:
         for g in left:
             Path(g['run_dir']).mkdir(parents=True)
         if options.in_process:
-            now = dict(zip((g['seed'] for g in left), _fly_all_in_process(left, max(1, options.jobs)), strict=True))
+            with processes(max(1, options.jobs)) as pool:
+                now = dict(fly_all([(g['seed'], g) for g in left], pool))
             reasons = [now[g['seed']] if g['seed'] in now else before[g['seed']] for g in todo]
         else:
             reasons = []

@@ -65,9 +65,7 @@ def _judge_clearance(plan, obstacles, settings):
     path = ((2 * s**3 - 3 * s**2 + 1) * p0 + (s**3 - 2 * s**2 + s) * h * v0
             + (3 * s**2 - 2 * s**3) * p1 + (s**3 - s**2) * h * v1).reshape(-1, 3)  # (T * samples, 3)
     t = (plan.time_from_start[:-1, None] + s[0, :, 0] * np.diff(plan.time_from_start)[:, None]).reshape(-1)
-    ahead = plan.stamp + t - obstacles.stamp
-    spheres = obstacles.position[None] + ahead[:, None, None] * obstacles.velocity[None]  # (n, K, 3)
-    clearance = np.linalg.norm(path[:, None] - spheres, axis=2) - obstacles.radius  # (n, K)
+    clearance = obstacles.clearances(path, plan.stamp + t - obstacles.stamp)  # (n, K)
     worst, k = np.unravel_index(np.argmin(clearance), clearance.shape)
     start, _ = obstacles.at(plan.stamp).clearance(plan.position[0])
     if clearance[worst, k] < min(settings.min_clearance, start - 1e-3):

@@ -21,7 +21,7 @@ import numpy as np
 
 from deqmpc.statistics import bootstrap_mean, mcnemar, wilson
 from flight_log import metrics
-from flight_log.evaluation import Evaluation
+from flight_log.evaluation import Evaluation, earned
 
 START_KEYS = ('mode', 'protocol', 'seed', 'start', 'obstacles', 'max_steps')
 
@@ -71,12 +71,6 @@ class Pair:
         if self.low <= 0.0 <= self.high:
             return 'no difference shown'
         return f'{self.first if self.low > 0 else self.second} better'
-
-
-def earned(evaluation: Evaluation) -> float:
-    """Return of a trial; 0 where it never engaged."""
-    never = evaluation.failure is not None and evaluation.failure.cause == 'never_engaged'
-    return 0.0 if never else evaluation.total_return
 
 
 def grouped(evaluations: list[Evaluation], by: str = 'policy') -> dict[str, list[Evaluation]]:

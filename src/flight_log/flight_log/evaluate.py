@@ -14,9 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from flight_log.bag import BagError, recover
-from flight_log.comparison import compare
+from flight_log.comparison import Comparison, compare
 from flight_log.evaluation import Evaluation, EvaluationSettings, evaluate
-from flight_log.export import GROUP_COLUMNS, PAIR_COLUMNS, cells, latex, markdown, text, write_table
+from flight_log.export import latex, markdown, text, write_table
 from flight_log.flight import load_flight
 from flight_log.table import as_json, label, text_report
 
@@ -113,18 +113,18 @@ def main(argv: list[str] | None = None) -> int:
             _write_picture(Path(options.report), found, taken)
     if not evaluations:
         return status
+    comparison = compare(evaluations, options.by)
     try:
-        _write(options, evaluations, scenes)
+        _write(options, evaluations, scenes, comparison)
     except (ValueError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         status = 1
     if options.json:
-        print(as_json(evaluations, compare(evaluations, options.by)))
+        print(as_json(evaluations, comparison))
         return status
     print(text_report(evaluations))
-    comparison = compare(evaluations, options.by)
     if len(comparison.groups) > 1:
-        print(f'\n{text(cells(GROUP_COLUMNS, comparison.groups))}\n\n{text(cells(PAIR_COLUMNS, comparison.pairs))}')
+        print(f'\n{text(comparison)}')
     return status
 
 
@@ -147,9 +147,8 @@ def _write_picture(folder: Path, found: Judged, taken: set[str]) -> None:
     (folder / f'{name}.png').write_bytes(found.picture)
 
 
-def _write(options, evaluations: list[Evaluation], scenes: dict[str, dict[str, Any]]) -> None:
+def _write(options, evaluations: list[Evaluation], scenes: dict[str, dict[str, Any]], comparison: Comparison) -> None:
     """The files that were asked for."""
-    comparison = compare(evaluations, options.by)
     pages = [Path(options.report) / 'report.html'] if options.report else []
     pages += [Path(options.html)] if options.html else []
     for path in pages:

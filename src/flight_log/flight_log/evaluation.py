@@ -169,7 +169,7 @@ def evaluate(flight: Flight, settings: EvaluationSettings = EvaluationSettings()
     result = Evaluation(bag=str(flight.path), robot=flight.robot, mode='trial', torn=flight.torn,
                         goal=goal.tolist(), duration=math.nan, max_steps=_max_steps(flight, settings),
                         spheres=flight.spheres.position.shape[1], metadata=flight.metadata, notes=notes)
-    states = flight.odom if flight.odom.t.size else flight.pose
+    states = flight.motion
     interval = following(flight.status)
     if interval is None:
         phases = [s.phase for s in flight.status if s.phase in _AIRBORNE]
@@ -312,13 +312,17 @@ class Summary:
     causes: dict[str, int]
 
 
+def earned(evaluation: Evaluation) -> float:
+    """Return of a trial. One that never engaged earned nothing: that is a return of 0, not a missing one."""
+    never = evaluation.failure is not None and evaluation.failure.cause == 'never_engaged'
+    return 0.0 if never else evaluation.total_return
+
+
 def summarise(evaluations: list[Evaluation]) -> Summary:
     """The trials among `evaluations` as one."""
     trials = [e for e in evaluations if e.mode == 'trial']
     wins = sum(bool(e.success) for e in trials)
-    # A trial that never engaged earned nothing; that is a return of 0, not a missing one.
-    returns = np.array([0.0 if e.failure and e.failure.cause == 'never_engaged' else e.total_return
-                        for e in trials])
+    returns = np.array([earned(e) for e in trials])
     normalised = returns / np.array([metrics.MAX_REWARD * e.max_steps for e in trials])
 
     def sd(x):

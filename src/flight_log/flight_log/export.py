@@ -10,6 +10,7 @@ from typing import Any
 
 from flight_log.comparison import Comparison, Group
 from flight_log.evaluation import Evaluation
+from flight_log.table import aligned, number
 
 GOAL = ('goal_x', 'goal_y', 'goal_z')
 _NESTED = ('failure', 'goal', 'rejections', 'metadata', 'notes')
@@ -61,11 +62,6 @@ def write_table(path: Path, evaluations: list[Evaluation]) -> Path:
 
 # --- a comparison as text -----------------------------------------------------------------------
 
-def number(value: float, digits: int) -> str:
-    """`value` with so many digits; a dash where it is not finite."""
-    return f'{value:.{digits}f}' if math.isfinite(value) else '-'
-
-
 def _between(low: float, high: float, digits: int, scale: float = 1.0) -> str:
     return f'[{number(scale * low, digits)}, {number(scale * high, digits)}]'
 
@@ -99,11 +95,10 @@ def cells(columns, items) -> list[list[str]]:
     return [[name for name, _ in columns], *([f(item) for _, f in columns] for item in items)]
 
 
-def text(table: list[list[str]]) -> str:
-    """`table` with aligned columns for a terminal."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = ['  '.join(v.ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in table]
-    return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
+def text(comparison: Comparison) -> str:
+    """Groups and pairs for a terminal."""
+    tables = (cells(GROUP_COLUMNS, comparison.groups), cells(PAIR_COLUMNS, comparison.pairs))
+    return '\n\n'.join('\n'.join(aligned(table, 1, len(table[0]))) for table in tables)
 
 
 def markdown(comparison: Comparison) -> str:

@@ -100,6 +100,11 @@ class Flight:
     spheres: SphereTrack
     notes: list[str]  # what the reader should know about the data
 
+    @property
+    def motion(self) -> States:
+        """Odometry, or poses where there is none."""
+        return self.odom if self.odom.t.size else self.pose
+
 
 def _number(text: str) -> float:
     try:

@@ -58,6 +58,11 @@ class SphereTrack:
         order = np.argsort(t, kind='stable')
         return cls(np.asarray(t, dtype=float)[order], position[order], radius[order])
 
+    @property
+    def moving(self) -> bool:
+        """Whether any sphere moved by more than 1 mm."""
+        return len(self.t) > 1 and bool(np.nanmax(np.ptp(self.position, axis=0), initial=0.0) > 1e-3)
+
     def at(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions (N, K, 3) and radii (N, K) at times t (N,): linear between two messages, held
         before the first, after the last, and where a sphere is only in the earlier of the two."""

@@ -21,7 +21,7 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection  # noqa: E402
 from flight_log import metrics  # noqa: E402
 from flight_log.evaluation import Evaluation, tracking  # noqa: E402
 from flight_log.flight import Flight, FlightStatus  # noqa: E402
-from flight_log.scene import interval, motion, verdict  # noqa: E402
+from flight_log.scene import interval, verdict  # noqa: E402
 from flight_log.scene import shown as shown_span  # noqa: E402
 from flight_log.table import label, remarks  # noqa: E402
 
@@ -81,7 +81,7 @@ def _heading(figure, e: Evaluation) -> None:
 # --- the scene ----------------------------------------------------------------------------------
 
 def _scene(ax, flight: Flight, e: Evaluation, start: float, end: float) -> None:
-    states = motion(flight)
+    states = flight.motion
     flown = states.between(start, end)
     before, after = states.between(-math.inf, start), states.between(end, math.inf)
     goal = np.array(e.goal)
@@ -92,7 +92,7 @@ def _scene(ax, flight: Flight, e: Evaluation, start: float, end: float) -> None:
         if np.isfinite(centre[k]).all():
             _ball(ax, centre[k], radius[k], NEAREST if k == e.min_clearance_sphere else SPHERE,
                   0.85 if k == e.min_clearance_sphere else 0.4)
-    if len(flight.spheres.t) > 1 and np.nanmax(np.ptp(flight.spheres.position, axis=0), initial=0.0) > 1e-3:
+    if flight.spheres.moving:
         ax.figure.text(0.02, 0.86, f'spheres as they stood {moment - start:.1f} s after engage', fontsize=9,
                        color=MUTED)
     for other, name in ((before, 'before'), (after, 'after')):
@@ -174,7 +174,7 @@ def _box(ax, points) -> None:
 # --- over time ----------------------------------------------------------------------------------
 
 def _time_series(axes, flight: Flight, e: Evaluation, start: float, end: float) -> None:
-    states, (first, last) = motion(flight), shown_span(flight)
+    states, (first, last) = flight.motion, shown_span(flight)
     shown = states.between(first, last)
     t = shown.t - start
     position, distance, clear, tracked, timing = axes
@@ -277,7 +277,7 @@ def animate(flight: Flight, evaluation: Evaluation, path: Path) -> Path:
     if not animation.writers.is_available(writers[path.suffix]):
         raise ValueError(f'{path}: {writers[path.suffix]} is not installed; a .gif needs no ffmpeg')
     start, end = interval(flight)
-    flown, count = motion(flight).between(start, end), int(min(FRAMES, max(2.0, 10.0 * (end - start))))
+    flown, count = flight.motion.between(start, end), int(min(FRAMES, max(2.0, 10.0 * (end - start))))
     times = np.linspace(start, end, count)
     path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):

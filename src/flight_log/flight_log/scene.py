@@ -21,19 +21,14 @@ PHASES = ('taking_off', 'holding', 'following', 'landing', 'emergency')
 def interval(flight: Flight) -> tuple[float, float]:
     """The part of a flight that is judged: following, or everything."""
     found = following(flight.status)
-    t = motion(flight).t
+    t = flight.motion.t
     return found[:2] if found else (float(t[0]), float(t[-1]))
-
-
-def motion(flight: Flight) -> States:
-    """Odometry, or poses where there is none."""
-    return flight.odom if flight.odom.t.size else flight.pose
 
 
 def shown(flight: Flight) -> tuple[float, float]:
     """First and last time on the page: from just before the motors run, at most MAX_SPAN around the trial."""
     start, end = interval(flight)
-    t = motion(flight).t
+    t = flight.motion.t
     awake = next((s.t for s in flight.status if s.phase in PHASES), t[0])
     return max(t[0], start - MAX_SPAN, awake - 1.0), min(t[-1], end + MAX_SPAN)
 
@@ -41,7 +36,7 @@ def shown(flight: Flight) -> tuple[float, float]:
 def scene(flight: Flight, evaluation: Evaluation) -> dict[str, Any]:
     """Everything that the page draws of one flight."""
     (start, end), (first, last) = interval(flight), shown(flight)
-    states = _thinned(motion(flight).between(first, last))
+    states = _thinned(flight.motion.between(first, last))
     t = states.t - start
     speed = np.linalg.norm(states.velocity, axis=1)
     if not np.isfinite(speed).any() and len(t) > 1:
@@ -116,8 +111,7 @@ def _spheres(flight: Flight, first: float, last: float, start: float) -> dict[st
     track = flight.spheres
     if not len(track.t) or not track.position.shape[1]:
         return {'radius': [], 't': [], 'centers': []}
-    moving = len(track.t) > 1 and np.nanmax(np.ptp(track.position, axis=0), initial=0.0) > 1e-3
-    at = np.arange(first, last, max(0.1, (last - first) / MAX_PLANS)) if moving else np.array([first])
+    at = np.arange(first, last, max(0.1, (last - first) / MAX_PLANS)) if track.moving else np.array([first])
     centers, radius = track.at(at)
     return {'radius': _list(radius[0], 4), 't': _list(at - start, 3), 'centers': [_list(c.ravel(), 3) for c in centers]}
 

@@ -11,7 +11,8 @@ from flight_log.comparison import Comparison
 from flight_log.evaluation import Evaluation, Summary, summarise
 
 
-def _f(value: float, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """`value` with so many digits; a dash where there is none, or it is not finite."""
     return '-' if value is None or not math.isfinite(value) else f'{value:.{digits}f}'
 
 
@@ -26,37 +27,37 @@ TRIAL_COLUMNS = (
     ('bag', '', label),
     ('outcome', '', lambda e: e.failure.cause if e.failure else 'success' if e.reached_goal else 'off goal'),
     ('steps', '', lambda e: str(e.steps)),
-    ('return', '', lambda e: _f(e.total_return, 1)),
-    ('norm.', 'of max', lambda e: _f(e.normalised_return, 3)),
-    ('clear', 'min m', lambda e: _f(e.min_clearance, 3)),
+    ('return', '', lambda e: number(e.total_return, 1)),
+    ('norm.', 'of max', lambda e: number(e.normalised_return, 3)),
+    ('clear', 'min m', lambda e: number(e.min_clearance, 3)),
     ('sphere', '', lambda e: str(e.min_clearance_sphere) if e.min_clearance_sphere >= 0 else '-'),
-    ('to goal', 'max m', lambda e: _f(e.final_max, 3)),
-    ('last 1 s', 'mean m', lambda e: _f(e.final_mean, 3)),
-    ('track', 'rms m', lambda e: _f(e.tracking_rms, 3)),
-    ('', 'max m', lambda e: _f(e.tracking_max, 3)),
-    ('solve ms', 'p50/p99', lambda e: f'{_f(e.solve_ms_p50, 1)}/{_f(e.solve_ms_p99, 1)}'),
-    ('tick', 'p50/p99', lambda e: f'{_f(e.tick_ms_p50, 1)}/{_f(e.tick_ms_p99, 1)}'),
-    ('latency', 'p50/p99', lambda e: f'{_f(e.latency_ms_p50, 1)}/{_f(e.latency_ms_p99, 1)}'),
+    ('to goal', 'max m', lambda e: number(e.final_max, 3)),
+    ('last 1 s', 'mean m', lambda e: number(e.final_mean, 3)),
+    ('track', 'rms m', lambda e: number(e.tracking_rms, 3)),
+    ('', 'max m', lambda e: number(e.tracking_max, 3)),
+    ('solve ms', 'p50/p99', lambda e: f'{number(e.solve_ms_p50, 1)}/{number(e.solve_ms_p99, 1)}'),
+    ('tick', 'p50/p99', lambda e: f'{number(e.tick_ms_p50, 1)}/{number(e.tick_ms_p99, 1)}'),
+    ('latency', 'p50/p99', lambda e: f'{number(e.latency_ms_p50, 1)}/{number(e.latency_ms_p99, 1)}'),
     ('misses', '', lambda e: str(e.deadline_misses)),
     ('missed', 'ticks', lambda e: str(e.missed_ticks)),
     ('gaps', 'mocap', lambda e: str(e.mocap_gaps)),
 )
 OPEN_LOOP_COLUMNS = (
     ('bag', '', label),
-    ('seconds', '', lambda e: _f(e.duration, 1)),
+    ('seconds', '', lambda e: number(e.duration, 1)),
     ('ticks', '', lambda e: str(e.ticks)),
     ('without', 'plan', lambda e: str(e.ticks_without_plan)),
     ('rejected', 'plans', lambda e: str(e.rejected_plans)),
     ('missed', 'ticks', lambda e: str(e.missed_ticks)),
     ('misses', '', lambda e: str(e.deadline_misses)),
-    ('solve ms', 'p50/p99', lambda e: f'{_f(e.solve_ms_p50, 1)}/{_f(e.solve_ms_p99, 1)}'),
-    ('tick', 'p50/p99', lambda e: f'{_f(e.tick_ms_p50, 1)}/{_f(e.tick_ms_p99, 1)}'),
-    ('latency', 'p50/p99', lambda e: f'{_f(e.latency_ms_p50, 1)}/{_f(e.latency_ms_p99, 1)}'),
-    ('mocap', 'Hz', lambda e: _f(e.mocap_rate, 1)),
+    ('solve ms', 'p50/p99', lambda e: f'{number(e.solve_ms_p50, 1)}/{number(e.solve_ms_p99, 1)}'),
+    ('tick', 'p50/p99', lambda e: f'{number(e.tick_ms_p50, 1)}/{number(e.tick_ms_p99, 1)}'),
+    ('latency', 'p50/p99', lambda e: f'{number(e.latency_ms_p50, 1)}/{number(e.latency_ms_p99, 1)}'),
+    ('mocap', 'Hz', lambda e: number(e.mocap_rate, 1)),
     ('gaps', '', lambda e: str(e.mocap_gaps)),
-    ('longest', 'gap s', lambda e: _f(e.mocap_longest_gap, 3)),
-    ('track', 'rms m', lambda e: _f(e.tracking_rms, 3)),
-    ('clear', 'min m', lambda e: _f(e.min_clearance, 3)),
+    ('longest', 'gap s', lambda e: number(e.mocap_longest_gap, 3)),
+    ('track', 'rms m', lambda e: number(e.tracking_rms, 3)),
+    ('clear', 'min m', lambda e: number(e.min_clearance, 3)),
 )
 
 
@@ -77,13 +78,14 @@ def rows(evaluations: list[Evaluation], columns) -> list[list[str]]:
             *([c[2](e) for c in columns] for e in evaluations)]
 
 
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(len(r[i]) for r in table) for i in range(len(table[0]))]
+def aligned(table: list[list[str]], headings: int, left: int) -> list[str]:
+    """Lines of `table` for a terminal, a rule under its `headings` rows; the first `left` columns left-aligned."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     def line(row):
-        left = [v.ljust(w) for v, w in zip(row[:2], widths, strict=False)]
-        return '  '.join(left + [v.rjust(w) for v, w in zip(row[2:], widths[2:], strict=True)]).rstrip()
-    lines = [line(r) for r in table]
-    return [*lines[:2], '-' * max(map(len, lines)), *lines[2:]]
+        return '  '.join(v.ljust(w) if i < left else v.rjust(w)
+                         for i, (v, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+    lines = [line(row) for row in table]
+    return [*lines[:headings], '-' * max(map(len, lines)), *lines[headings:]]
 
 
 def remarks(evaluation: Evaluation) -> list[str]:
@@ -107,16 +109,16 @@ def summary_text(s: Summary) -> str:
     return (f'{s.successes} of {s.trials} trials succeeded: {100 * s.success_share:.0f} % '
             f'(95 % interval {100 * s.success_low:.0f} to {100 * s.success_high:.0f} %), '
             f'{s.reached_goal} ended at the goal; failures: {causes}\n'
-            f'return {_f(s.return_mean, 1)} +- {_f(s.return_sd, 1)} '
-            f'({_f(s.return_min, 1)} to {_f(s.return_max, 1)}), '
-            f'of the maximum {_f(s.normalised_mean, 3)} +- {_f(s.normalised_sd, 3)}')
+            f'return {number(s.return_mean, 1)} +- {number(s.return_sd, 1)} '
+            f'({number(s.return_min, 1)} to {number(s.return_max, 1)}), '
+            f'of the maximum {number(s.normalised_mean, 3)} +- {number(s.normalised_sd, 3)}')
 
 
 def text_report(evaluations: list[Evaluation]) -> str:
     """The table for a terminal."""
     lines: list[str] = []
     for chosen, columns in by_mode(evaluations):
-        lines += [*_aligned(rows(chosen, columns)), '']
+        lines += [*aligned(rows(chosen, columns), 2, 2), '']
         lines += [f'{label(e)}: {remark}' for e in chosen for remark in remarks(e)]
     trials = sum(e.mode == 'trial' for e in evaluations)
     if trials > 1:

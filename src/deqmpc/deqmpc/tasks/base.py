@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from deqmpc.dynamics.equations import Equations
+from deqmpc.networks.obstacle_motion import constant_velocity
 from deqmpc.networks.temporal import Settings as NetworkSettings
 from deqmpc.problem import Problem
 
@@ -45,7 +46,7 @@ class Spheres:
 
     def ahead(self, times: Tensor) -> Tensor:
         """Centres (B, len(times), K, d) after `times` (s) at constant velocity."""
-        return self.centers.unsqueeze(1) + times.view(1, -1, 1, 1) * self.velocity.unsqueeze(1)
+        return constant_velocity(self.centers, self.velocity, times)
 
     def inflated(self, margin: float) -> Tensor:
         """Radii (B, K) with `margin` (m) to keep from every surface; absent spheres (radius 0) stay absent."""
