@@ -17,6 +17,9 @@ It serves maps that are not a Runge-Kutta step of continuous dynamics: f = (phi 
 Semi-implicit Euler of q' = v, v' = a(q, v, u), say, has f = (v + h a, a); such equations know their step, `dt`.
 
 J and d^2(w' f)/dz^2 are generated from the equations (deqmpc.dynamics.equations).
+
+Dynamics that are themselves a step, such as the solutions of a program (deqmpc.dynamics.optimization_based), are taken
+as they are, `Own`.
 """
 
 from __future__ import annotations
@@ -177,11 +180,33 @@ class Euler(Integrator):
         return (c + torch.triu(c, diagonal=1).transpose(1, 2)).reshape(*x.shape[:-1], n + m, n + m)
 
 
+class Own(Integrator):
+    """The step of dynamics with `n`, `m`, `step(x, u) -> phi` and `linearize(x, u) -> phi, A, B`. They have no second
+    derivatives: the curvature is zero, and solvers are left with Gauss-Newton's Hessian of the dynamics."""
+
+    def step(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """See Integrator."""
+        return self.equations.step(x, u)
+
+    def linearize(self, x: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Integrator."""
+        following, A, B = self.equations.linearize(x.detach(), u.detach())
+        return following, torch.cat([A, B], dim=-1)
+
+    def curvature(self, x: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Zero, see above."""
+        size = x.shape[-1] + u.shape[-1]
+        return x.new_zeros(*x.shape[:-1], size, size)
+
+
 INTEGRATORS: dict[str, type[Integrator]] = {'rk4': RK4, 'euler': Euler}
 
 
 def kind_of(equations: Equations) -> type[Integrator]:
-    """The integrator that `equations` are made for: RK4 where they name none. ValueError for an unknown name."""
+    """The integrator that `equations` are made for: `Own` where they are a step themselves, else RK4 where they name
+    none. ValueError for an unknown name."""
+    if hasattr(equations, 'linearize'):
+        return Own
     name = getattr(equations, 'integrator', 'rk4')
     if name not in INTEGRATORS:
         raise ValueError(f'{type(equations).__name__}.integrator = {name!r}; expected one of {", ".join(INTEGRATORS)}')

@@ -187,14 +187,14 @@ def solve(problem: Problem, data: Instances, warm_start: WarmStart | None = None
 
 
 @dataclass
-class _Point(al.Point):
+class Point(al.Point):
     """A trajectory, with all rows side by side."""
 
     g: Tensor  # (B, G) bounds, spheres, then inequality constraints
     e: Tensor  # (B, E)
 
 
-class _Rows:
+class Rows:
     """Bounds, spheres and constraints as the flat rows g and e."""
 
     def __init__(self, problem: Problem, data: Instances, constraints: Sequence[Constraint]):
@@ -206,15 +206,15 @@ class _Rows:
         self.widths = [c.value(zero(1, 1, problem.n), zero(1, 1, problem.m), zero(1, 1, problem.n)).shape[-1]
                        for c in constraints]
 
-    def at(self, data: Instances, x: Tensor, u: Tensor) -> _Point:
-        """The point of a trajectory."""
+    def at(self, data: Instances, x: Tensor, u: Tensor, k: Tensor | None = None) -> Point:
+        """The point of a trajectory; k are its defects where they are known."""
         problem, count = self.problem, len(self.problem.limit)
         h, offset = problem.residuals_and_offsets(data, x, u)
         h[..., count:] = torch.where(data.radii.unsqueeze(1) > 0, h[..., count:], -1.0)  # an absent sphere is far
         rows = {True: [x.new_zeros(len(x), 0)], False: [h.flatten(1)]}
         for c, arguments in zip(self.constraints, self._arguments(data, x, u), strict=True):
             rows[c.equality].append(c.value(*arguments).flatten(1))
-        return _Point(x, u, problem.cost(data, x, u), problem.defects(data, x, u), h, offset,
+        return Point(x, u, problem.cost(data, x, u), problem.defects(data, x, u) if k is None else k, h, offset,
                       torch.cat(rows[False], dim=1), torch.cat(rows[True], dim=1))
 
     def _arguments(self, data, x, u):
@@ -231,7 +231,7 @@ class _Rows:
             parts.append((e if c.equality else g)[:, first:first + P * width].unflatten(1, (P, width)))
         return g[:, :self.own].unflatten(1, (T, self.own // T)), parts
 
-    def jacobians(self, data: Instances, point: _Point) -> list[Tensor]:
+    def jacobians(self, data: Instances, point: Point) -> list[Tensor]:
         """Of the constraints, (B, P, c, n+m) each."""
         return [c.jacobian(*a) for c, a in zip(self.constraints, self._arguments(data, point.x, point.u), strict=True)]
 
@@ -318,7 +318,7 @@ class _Solver:
             [torch.isfinite(v).reshape(B, -1).all(dim=1) for v in start.tensors()]).all(dim=0)
         self.out_status = torch.where(finite, _RUNNING, _NOT_FINITE)
         self.index = finite.nonzero()[:, 0]
-        self.rows = _Rows(problem, data, constraints)
+        self.rows = Rows(problem, data, constraints)
         self.eps = torch.finfo(data.x_init.dtype).eps
         self._template(data, start)
         self.data, start = data[self.index], start[self.index]
@@ -469,7 +469,7 @@ class _Solver:
         ok = factors.ok & torch.isfinite(slope) & (slope <= 1e2 * self.eps * (1.0 + p.cost.abs()))
         return _Direction(dx, du, ds, y - state.y, dz, dv, slope, ok)
 
-    def merit(self, at, point: _Point, s: Tensor) -> Tensor:
+    def merit(self, at, point: Point, s: Tensor) -> Tensor:
         """A of the samples `at`, (count,)."""
         state, rows = self.state[at], point.g + s
         return (point.cost - state.mu * s.log().sum(1) + ((state.z + 0.5 * rows / state.delta_g) * rows).sum(1)
