@@ -10,7 +10,8 @@ setup(
     maintainer='DEQ-MPC flight stack maintainers',
     maintainer_email='maintainers@users.noreply.github.com',
     packages=find_packages(exclude=['test']),
-    package_data={'deqmpc.realtime': ['solver.c', 'batch.c'], 'deqmpc.networks': ['inference.c']},
+    package_data={'deqmpc.realtime': ['solver.c', 'batch.c'], 'deqmpc.solvers': ['cone_program.c'],
+                  'deqmpc.networks': ['inference.c']},
     data_files=[
         ('share/ament_index/resource_index/packages', ['resource/' + package_name]),
         ('share/' + package_name, ['package.xml']),

@@ -46,6 +46,11 @@ def cos(a: Any) -> Any:
     return _function('cos', a)
 
 
+def sqrt(a: Any) -> Any:
+    """Square root of a float, an array, a tensor or a symbol; NaN where it is not finite."""
+    return _function('sqrt', a)
+
+
 def _function(name, a):
     if isinstance(a, (float, int)):
         return getattr(math, name)(a) if math.isfinite(a) else math.nan
@@ -94,8 +99,13 @@ def _symbols(equations):
 
 
 def _program(rows, arguments) -> Program:
+    return straight_line([((i, j), e) for i, row in enumerate(rows) for j, e in enumerate(row)], arguments)
+
+
+def straight_line(entries: Sequence[tuple[tuple[int, ...], Any]], arguments: tuple[tuple[str, int], ...]) -> Program:
+    """The program of the `entries` (index, expression) that are not zero."""
     import sympy
-    entries = [((i, j), e) for i, row in enumerate(rows) for j, e in enumerate(row) if e != 0]
+    entries = [(index, e) for index, e in entries if e != 0]
     assignments, reduced = sympy.cse([e for _, e in entries], symbols=sympy.numbered_symbols('t'),
                                      order='none')
     return Program(tuple((str(s), e) for s, e in assignments),
@@ -127,8 +137,9 @@ def python_source(program: Program, name: str) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def _compile(program: Program, name: str) -> Callable:
-    namespace: dict[str, Any] = {'sin': sin, 'cos': cos}
+def compiled(program: Program, name: str) -> Callable:
+    """`python_source` as a function."""
+    namespace: dict[str, Any] = {'sin': sin, 'cos': cos, 'sqrt': sqrt}
     exec(compile(python_source(program, name), f'<generated {name}>', 'exec'), namespace)
     return namespace[name]
 
@@ -136,11 +147,11 @@ def _compile(program: Program, name: str) -> Callable:
 @functools.lru_cache(maxsize=32)
 def jacobian_function(equations: Equations) -> Callable:
     """`jacobian(x, u, out)`: writes the entries of df/d(x, u) that are not zero into out (n, n+m, ...)."""
-    return _compile(jacobian_program(equations), 'jacobian')
+    return compiled(jacobian_program(equations), 'jacobian')
 
 
 @functools.lru_cache(maxsize=32)
 def curvature_function(equations: Equations) -> Callable:
     """`curvature(x, u, w, out)`: writes the upper triangle's entries that are not zero into
     out (n+m, n+m, ...)."""
-    return _compile(curvature_program(equations), 'curvature')
+    return compiled(curvature_program(equations), 'curvature')

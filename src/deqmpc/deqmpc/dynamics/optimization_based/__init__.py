@@ -1,0 +1,1 @@
+"""Discrete dynamics that are the solution of a cone program or of contact conditions."""
