@@ -8,12 +8,20 @@ from the first accepted plan on. Tick to plan runs from the instant the tick was
 Memory, file handles and CPU time are those of the processes, from /proc; for a soak (--seconds 3600) compare start and
 end, and the ticks of the first and the last tenth. The drone stands on the floor, unless trial:=true
 (and max_steps:=N, obstacles:=moving, ...) is among the launch arguments.
+
+How much of that is the machine's? Beside the graph a bare process on each core, at the highest real-time priority,
+sleeps for 1 ms over and over and notes every time that it is woken late: no program on this machine could have run
+then, only its kernel or the host of a virtual one. `machine` in the JSON: those stalls, and how many of the missed
+ticks have one (longer than 4 ms) within the 2 periods before them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -29,6 +37,8 @@ from deqmpc_bringup.composition import parse_assignments
 from deqmpc_bringup.fly import fly
 from flight_log.bag import read_bag
 
+STALL = 4e-3  # s late
+HIGHEST = 99  # real-time priority (SCHED_FIFO); the policy node has 20
 START_UP = 5.0  # s that the nodes may take until the first tick
 TICKS_A_SECOND = os.sysconf('SC_CLK_TCK')
 PAGE = os.sysconf('SC_PAGE_SIZE')
@@ -62,6 +72,52 @@ class Processes(threading.Thread):
         self.join()
 
 
+def watch_core(core: int, report) -> None:
+    """Process: (Unix time, lateness in s) of every wake-up on `core` later than STALL, until the pipe is closed."""
+    os.sched_setaffinity(0, {core})
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(HIGHEST))
+    except PermissionError:
+        report.send(None)
+        return
+    while not report.poll():
+        asleep = time.monotonic()
+        time.sleep(1e-3)
+        late = time.monotonic() - asleep - 1e-3
+        if late > STALL:
+            report.send((time.time(), late))
+    report.send(None)
+
+
+class Stalls:
+    """Stalls of the machine itself while the block runs: `seen`, a list of (Unix time, s), or None where real-time
+    priority is refused: then nothing can be said of it."""
+
+    def __enter__(self) -> Stalls:
+        context = multiprocessing.get_context('spawn')
+        self.seen: list[tuple[float, float]] | None = []
+        self._watchers = []
+        for core in sorted(os.sched_getaffinity(0)):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=watch_core, args=(core, theirs), daemon=True)
+            process.start()
+            self._watchers.append((process, ours))
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process, pipe in self._watchers:
+            with contextlib.suppress(BrokenPipeError):  # it was refused, and has ended
+                pipe.send('stop')
+            refused = not process.is_alive()
+            while (stall := pipe.recv()) is not None:
+                self.seen.append(stall)
+            process.join()
+            if refused:
+                self.seen = None
+                return
+        self.seen.sort()
+
+
 def measure(seconds: float, rate: float, given: dict[str, str]) -> dict:
     """Fly the graph for `seconds` after start-up; what the policy's ticks say. RuntimeError when it ended early."""
     with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +126,9 @@ def measure(seconds: float, rate: float, given: dict[str, str]) -> dict:
         processes = Processes()
         stolen = steal()
         processes.start()
-        status, run_dir = fly('sim', {'run_dir': f'{folder}/run', 'params': str(params), **given},
-                              seconds + START_UP, sys.stderr)
+        with Stalls() as stalls:
+            status, run_dir = fly('sim', {'run_dir': f'{folder}/run', 'params': str(params), **given},
+                                  seconds + START_UP, sys.stderr)
         processes.stop()
         stolen = steal() - stolen
         if status != 124 and given.get('trial') != 'true':
@@ -84,9 +141,21 @@ def measure(seconds: float, rate: float, given: dict[str, str]) -> dict:
     if first is None:
         raise RuntimeError(f'no plan was accepted in {len(ticks)} ticks; the last said: '
                            f'{ticks[-1].values["gate"] if ticks else "nothing"}')
-    return {**summary(ticks[first:], rate, processes.samples),
+    return {**summary(ticks[first:], rate, processes.samples), 'machine': blame(ticks[first:], rate, stalls.seen),
             'simulator_lag_ms': max(float(v['lag_ms']) for v in simulator),
             'simulator_slips': int(simulator[-1]['slips']), 'stolen_s': stolen}
+
+
+def blame(ticks: list[interface.Diagnostic], rate: float, stalls: list[tuple[float, float]] | None) -> dict | None:
+    """What the machine did meanwhile: stalls, the longest (ms), and how many missed ticks have one just before."""
+    if stalls is None:
+        return None
+    during = [(at, late) for at, late in stalls if ticks[0].stamp <= at <= ticks[-1].stamp]
+    missed = [b for a, b in itertools.pairwise(ticks)
+              if int(b.values['deadline_misses']) > int(a.values['deadline_misses'])]
+    with_stall = sum(any(tick.stamp - 2 / rate <= at <= tick.stamp + 1 / rate for at, _ in during) for tick in missed)
+    return dict(stalls=len(during), longest_ms=max((1e3 * late for _, late in during), default=0.0),
+                late_ticks=len(missed), late_ticks_with_stall=with_stall)
 
 
 def steal() -> float:
@@ -130,6 +199,10 @@ def main() -> int:
           f'{row["missed"]} missed, {row["refused"]} without a plan, {row["recorded"]} recorded; '
           f'simulator at most {row["simulator_lag_ms"]:.1f} ms late, {row["simulator_slips"]} slips; '
           f'load {row["load"]:.1f}, {row["stolen_s"]:.2f} s of processor time stolen by the host')
+    if machine := row['machine']:
+        print(f'machine: {machine["stalls"]} stalls of more than {1e3 * STALL:g} ms, longest '
+              f'{machine["longest_ms"]:.1f} ms; {machine["late_ticks_with_stall"]} of {machine["late_ticks"]} '
+              'late ticks have one just before')
     print(f'{"ms":24}{"median":>9}{"99 %":>9}{"99.9 %":>9}{"max":>9}   99 % of the first and last tenth')
     for key, name in (('tick_ms', 'tick to plan'), ('solve_ms', 'policy call'), ('latency_ms', 'odometry to plan')):
         print(f'{name:24}' + ''.join(f'{row[key][k]:9.2f}' for k in ('median', 'p99', 'p999', 'max', 'first', 'last')))

@@ -1,10 +1,11 @@
 """rosbag2 bags without a ROS installation: writing that survives SIGKILL, reading, repair.
 
-A bag is a folder `NAME/` with `NAME.mcap` (MCAP, profile `ros2`) and, once closed, `metadata.yaml`
-(rosbag2 bag metadata version 9). Messages are gathered in lz4 chunks that are handed to the operating
-system after at most `FLUSH_SECONDS` of recording or `CHUNK_BYTES`; a process killed in between loses
-that one chunk, and a reader can walk the file up to the tear. A machine that loses power may lose more:
-nothing is fsynced while flying.
+A bag is a folder `NAME/` with `NAME.mcap` (MCAP, profile `ros2`), after every further `SPLIT_SECONDS`
+`NAME_1.mcap`, `NAME_2.mcap`, ..., and, once closed, `metadata.yaml` (rosbag2 bag metadata version 9). A
+writer keeps the index of its file in memory until it closes it: splitting bounds that. Messages are
+gathered in lz4 chunks that are handed to the operating system after at most `FLUSH_SECONDS` of recording
+or `CHUNK_BYTES`; a process killed in between loses that one chunk, and a reader can walk the file up to
+the tear. A machine that loses power may lose more: nothing is fsynced while flying.
 
 Layout of the records: https://mcap.dev/spec and https://mcap.dev/spec/registry#ros2; channel metadata
 and metadata.yaml as rosbag2_storage_mcap writes them.
@@ -38,6 +39,7 @@ from deqmpc.interface import Topic
 
 FLUSH_SECONDS = 0.25  # s of log time in one chunk at most
 CHUNK_BYTES = 64 * 1024
+SPLIT_SECONDS = 600.0  # s of log time in one file; about 2.5 MB of index for one robot at 100 Hz
 METADATA_NAME = 'deqmpc'  # the MCAP metadata record that holds the run's settings
 
 # What decoders raise on bytes that were cut or overwritten.
@@ -143,10 +145,67 @@ def _qos_profile(topic: Topic | None) -> list[dict[str, Any]]:
 class _Recorded:
     """What the metadata of the bag says of one topic."""
 
-    channel: int
     type: str
     qos: list[dict[str, Any]]
     count: int = 0
+
+
+class _Span:
+    """First and last log time (ns) and number of messages of a bag or of one of its files."""
+
+    def __init__(self):
+        self.first, self.last, self.count = 2**63 - 1, 0, 0
+
+    def add(self, log_time: int) -> None:
+        self.first, self.last = min(self.first, log_time), max(self.last, log_time)
+        self.count += 1
+
+    def information(self) -> dict[str, Any]:
+        """As rosbag2's metadata spells it."""
+        start = self.first if self.count else 0
+        return {'duration': {'nanoseconds': max(0, self.last - start)},
+                'starting_time': {'nanoseconds_since_epoch': start}, 'message_count': self.count}
+
+
+class _Part:
+    """One MCAP file of a bag, open for writing."""
+
+    def __init__(self, path: Path, metadata: dict[str, str]):
+        self.path, self.span = path, _Span()
+        self._file = open(path, 'xb')
+        self._schemas: dict[str, int] = {}
+        self._channels: dict[str, int] = {}
+        self._writer = Writer(self._file, chunk_size=2**31, compression=CompressionType.LZ4)
+        self._writer.start(profile='ros2', library='deqmpc flight_log')
+        if metadata:
+            self._writer.add_metadata(METADATA_NAME, metadata)
+        self._file.flush()
+
+    def write(self, topic: str, recorded: _Recorded, log_time: int, data: bytes) -> None:
+        if topic not in self._channels:
+            self.open_channel(topic, recorded)
+        self._writer.add_message(self._channels[topic], log_time, data, log_time, recorded.count)
+        self.span.add(log_time)
+
+    def open_channel(self, topic: str, recorded: _Recorded) -> None:
+        kind = recorded.type
+        if kind not in self._schemas:
+            text, _ = _STORE.generate_msgdef(kind, ros_version=2)
+            self._schemas[kind] = self._writer.register_schema(kind, 'ros2msg', text.encode())
+        self._channels[topic] = self._writer.register_channel(topic, 'cdr', self._schemas[kind], {
+            'offered_qos_profiles': yaml.safe_dump(recorded.qos).strip() if recorded.qos else '',
+            'topic_type_hash': _STORE.hash_rihs01(kind)})
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self, information: dict[str, Any]) -> None:
+        self._writer.add_metadata('rosbag2', {'serialized_metadata': yaml.safe_dump(information)})
+        self._writer.finish()
+        self._file.close()
+
+    def information(self) -> dict[str, Any]:
+        return {'path': self.path.name, **self.span.information()}
 
 
 class BagWriter:
@@ -154,51 +213,54 @@ class BagWriter:
 
     path: the folder, which must not exist. metadata: strings kept with the bag (settings, seed,
     versions), as an MCAP metadata record and as rosbag2's `custom_data`. flush_seconds: longest span of
-    log time that a kill may lose. Raises BagError when the path exists or cannot be made.
+    log time that a kill may lose. split_seconds: longest span of log time in one file. Raises BagError
+    when the path exists or cannot be made.
 
     Log times are integer nanoseconds of the ROS clock. Use as a context manager, or call `close()`: only
     then do readers other than this module's accept the bag.
     """
 
     def __init__(self, path: str | Path, metadata: dict[str, str] | None = None,
-                 flush_seconds: float = FLUSH_SECONDS):
+                 flush_seconds: float = FLUSH_SECONDS, split_seconds: float = SPLIT_SECONDS):
         self.path = Path(path)
         self.metadata = {str(k): str(v) for k, v in (metadata or {}).items()}
-        self.messages = 0
         self.topics: dict[str, _Recorded] = {}
-        self._flush_ns = round(flush_seconds * 1e9)
+        self._flush_ns, self._split_ns = round(flush_seconds * 1e9), round(split_seconds * 1e9)
         self._chunk_start: int | None = None
         self._chunk_bytes = 0
-        self._first, self._last = 2**63 - 1, 0
-        self._schemas: dict[str, int] = {}
+        self._span = _Span()
+        self._finished: list[dict[str, Any]] = []  # files that are closed, as metadata.yaml lists them
+        self._finished_bytes = 0
+        self._closed = False
         if self.path.exists():
             raise BagError(f'{self.path} exists; expected a new path for the bag (nothing is overwritten)')
         try:
             self.path.mkdir(parents=True)
-            self._file = open(self.path / f'{self.path.name}.mcap', 'xb')
+            self._part = self._next_part(0)
         except OSError as error:
             raise BagError(f'cannot make the bag {self.path}: {error.strerror}') from error
-        self._writer = Writer(self._file, chunk_size=2**31, compression=CompressionType.LZ4)
-        self._writer.start(profile='ros2', library='deqmpc flight_log')
-        if self.metadata:
-            self._writer.add_metadata(METADATA_NAME, self.metadata)
-        self._file.flush()
+
+    @property
+    def messages(self) -> int:
+        """Number of messages written."""
+        return self._span.count
 
     @property
     def bytes_written(self) -> int:
-        """Size of the file so far, without the chunk being gathered."""
-        return (self.path / f'{self.path.name}.mcap').stat().st_size
+        """Size of the files so far, without the chunk being gathered."""
+        return self._finished_bytes + self._part.path.stat().st_size
 
     def write(self, topic: str, type_name: str, log_time: int, data: bytes, qos: Topic | None = None) -> None:
         """Append the CDR bytes `data`, received at `log_time` (ns). `qos`: the table's row, read on the
         first message of a topic. OSError when the disk refuses."""
         if topic not in self.topics:
             self.register(topic, type_name, _qos_profile(qos))
+        if self._part.span.count and log_time - self._part.span.first >= self._split_ns:
+            self._split()
         recorded = self.topics[topic]
-        self._writer.add_message(recorded.channel, log_time, data, log_time, recorded.count)
+        self._part.write(topic, recorded, log_time, data)
+        self._span.add(log_time)
         recorded.count += 1
-        self.messages += 1
-        self._first, self._last = min(self._first, log_time), max(self._last, log_time)
         self._chunk_bytes += len(data)
         if self._chunk_start is None:
             self._chunk_start = log_time
@@ -212,18 +274,16 @@ class BagWriter:
 
     def flush(self) -> None:
         """Hand everything to the operating system, so that a kill from now on loses none of it."""
-        self._writer.flush()
+        self._part.flush()
         self._chunk_start, self._chunk_bytes = None, 0
 
     def close(self) -> None:
         """Write the index and metadata.yaml. A second call does nothing."""
-        if self._file.closed:
+        if self._closed:
             return
-        information = self._information()
-        self._writer.add_metadata('rosbag2', {'serialized_metadata': yaml.safe_dump(information)})
-        self._writer.finish()
-        self._file.close()
-        text = yaml.safe_dump({'rosbag2_bagfile_information': information}, sort_keys=False)
+        self._finish_part()
+        self._closed = True
+        text = yaml.safe_dump({'rosbag2_bagfile_information': self._information(self._finished)}, sort_keys=False)
         partial = self.path / 'metadata.yaml.tmp'
         partial.write_text(text)
         partial.replace(self.path / 'metadata.yaml')
@@ -236,31 +296,38 @@ class BagWriter:
 
     def register(self, topic: str, type_name: str, profile: list[dict[str, Any]]) -> None:
         """Open a channel; `profile`: offered QoS as rosbag2's metadata spells it, empty when unknown."""
-        if type_name not in self._schemas:
-            if type_name not in _STORE.fielddefs:
-                raise BagError(f'topic {topic}: message type {type_name!r} is not a standard ROS 2 message')
-            text, _ = _STORE.generate_msgdef(type_name, ros_version=2)
-            self._schemas[type_name] = self._writer.register_schema(type_name, 'ros2msg', text.encode())
-        channel = self._writer.register_channel(topic, 'cdr', self._schemas[type_name], {
-            'offered_qos_profiles': yaml.safe_dump(profile).strip() if profile else '',
-            'topic_type_hash': _STORE.hash_rihs01(type_name)})
-        self.topics[topic] = _Recorded(channel, type_name, profile)
+        if type_name not in _STORE.fielddefs:
+            raise BagError(f'topic {topic}: message type {type_name!r} is not a standard ROS 2 message')
+        self.topics[topic] = _Recorded(type_name, profile)
+        self._part.open_channel(topic, self.topics[topic])
 
-    def _information(self) -> dict[str, Any]:
-        start = self._first if self.messages else 0
-        span = {'duration': {'nanoseconds': max(0, self._last - start)},
-                'starting_time': {'nanoseconds_since_epoch': start}, 'message_count': self.messages}
-        name = f'{self.path.name}.mcap'
+    def _next_part(self, number: int) -> _Part:
+        return _Part(self.path / f'{self.path.name}{f"_{number}" if number else ""}.mcap', self.metadata)
+
+    def _finish_part(self) -> None:
+        files = [*self._finished, self._part.information()]
+        self._part.close(self._information(files))
+        self._finished = files
+        self._finished_bytes += self._part.path.stat().st_size
+
+    def _split(self) -> None:
+        # The next file is opened first: where that fails, the one being written can still be closed whole.
+        following = self._next_part(len(self._finished) + 1)
+        self._finish_part()
+        self._part, self._chunk_start, self._chunk_bytes = following, None, 0
+
+    def _information(self, files: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            'version': _BAG_VERSION, 'storage_identifier': 'mcap', **span,
+            'version': _BAG_VERSION, 'storage_identifier': 'mcap', **self._span.information(),
             'topics_with_message_count': [
                 {'topic_metadata': {
                     'name': topic, 'type': r.type, 'serialization_format': 'cdr',
                     'offered_qos_profiles': r.qos, 'type_description_hash': _STORE.hash_rihs01(r.type)},
                  'message_count': r.count}
                 for topic, r in self.topics.items()],
-            'compression_format': '', 'compression_mode': '', 'relative_file_paths': [name],
-            'files': [{'path': name, **span}], 'custom_data': self.metadata or None, 'ros_distro': 'kilted'}
+            'compression_format': '', 'compression_mode': '',
+            'relative_file_paths': [f['path'] for f in files], 'files': files,
+            'custom_data': self.metadata or None, 'ros_distro': 'kilted'}
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -284,6 +351,14 @@ def _is_whole(path: Path) -> bool:
         return f.read() == _MAGIC
 
 
+def _mcap_files(folder: Path) -> list[Path]:
+    """The MCAP files of a bag in the order of their numbers: b, b_1, b_2, ..., b_10."""
+    def order(path: Path) -> tuple[str, int]:
+        name, _, number = path.stem.rpartition('_')
+        return (name, int(number)) if name and number.isdecimal() else (path.stem, -1)
+    return sorted(folder.glob('*.mcap'), key=order)
+
+
 def _storage(path: Path) -> tuple[Path | None, list[Path]]:
     """(what a normal reader opens, []) or (None, torn MCAP files in order). BagError when neither."""
     if not path.exists():
@@ -291,7 +366,7 @@ def _storage(path: Path) -> tuple[Path | None, list[Path]]:
     if path.is_dir():
         if (path / 'metadata.yaml').exists():
             return path, []
-        files = sorted(path.glob('*.mcap'))
+        files = _mcap_files(path)
         if not files:
             databases = sorted(path.glob('*.db3'))
             if len(databases) == 1:  # sqlite3 needs no metadata.yaml
@@ -388,7 +463,7 @@ def opened(path: str | Path) -> Iterator[tuple[BagInfo, Messages]]:
 
 def _settings(whole: Path) -> dict[str, str]:
     """What BagWriter was given, from a whole bag: the MCAP record, which is quicker to read, or metadata.yaml."""
-    files = sorted(whole.glob('*.mcap'))[:1] if whole.is_dir() else [whole] if whole.suffix == '.mcap' else []
+    files = _mcap_files(whole)[:1] if whole.is_dir() else [whole] if whole.suffix == '.mcap' else []
     found = _metadata_records(files[0]) if files else {}
     if not found and whole.is_dir():
         document = yaml.safe_load((whole / 'metadata.yaml').read_text())

@@ -135,6 +135,36 @@ def test_compressed_bags_of_other_recorders_are_read(tmp_path, mode):
     assert len(got) == 5 and interface.read_odometry(got['/cf1/odom']).position == pytest.approx([12.25, 2, 3])
 
 
+def test_a_long_recording_is_split_into_files_that_any_reader_takes_as_one(tmp_path):
+    path = write(tmp_path / 'b', split_seconds=0.085)  # 0.99 s: more than ten files, so that b_10 follows b_9
+    info = yaml.safe_load((path / 'metadata.yaml').read_text())['rosbag2_bagfile_information']
+    names = ['b.mcap', *(f'b_{i}.mcap' for i in range(1, 12))]
+    assert info['relative_file_paths'] == [f['path'] for f in info['files']] == names
+    assert sum(f['message_count'] for f in info['files']) == info['message_count'] == 500
+    assert all(f['duration']['nanoseconds'] <= 85_000_000 for f in info['files'])
+    whole = [m[:3] for m in bag.read_raw(write(tmp_path / 'c'))]
+    assert [m[:3] for m in bag.read_raw(path)] == whole
+    with Reader(path) as reader:
+        assert reader.message_count == 500 and len(list(reader.messages())) == 500
+    with Reader(path / 'b_3.mcap') as reader:
+        assert reader.message_count == info['files'][3]['message_count']
+    (path / 'metadata.yaml').unlink()  # as a killed recorder leaves it
+    (path / 'b_11.mcap').write_bytes((path / 'b_11.mcap').read_bytes()[:-400])
+    assert [m[:3] for m in bag.read_raw(path)][:450] == whole[:450]
+    assert bag.recover(path).messages >= 450
+
+
+def test_a_split_that_the_disk_refuses_leaves_a_whole_bag(tmp_path):
+    writer = bag.BagWriter(tmp_path / 'b', split_seconds=0.05)
+    (tmp_path / 'b' / 'b_1.mcap').mkdir()  # in the way
+    with pytest.raises(OSError), writer:
+        for i in range(100):
+            message = interface.pose_message(bag.TYPES, 0.01 * i, [0.01 * i, 0, 0], [0, 0, 0, 1])
+            writer.write_message(interface.POSE, 'cf1', 0.01 * i, message)
+    (tmp_path / 'b' / 'b_1.mcap').rmdir()
+    assert len(list(bag.read_raw(tmp_path / 'b'))) == writer.messages == 5
+
+
 def test_a_bag_split_over_files_is_read_as_one(tmp_path):
     # as `ros2 bag record --max-bag-duration` leaves it: one folder, several files, one metadata.yaml
     folder, counts = tmp_path / 'split', 0
