@@ -38,6 +38,18 @@ class DoubleIntegrator:
         return [x[1], u[0]]
 
 
+@dataclass(frozen=True)
+class Adder:
+    """x+ = x + u."""
+
+    integrator = 'euler'
+    n = 1
+    m = 1
+
+    def derivative(self, x, u):
+        return [u[0]]
+
+
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -61,6 +73,7 @@ def at_random(problem, data, constraints, settings=ip.Settings()):
     state = solver.state
     for i, name in enumerate(('s', 'z', 'delta_k', 'delta_g', 'delta_e')):
         getattr(state, name).copy_(0.1 + normal(*getattr(state, name).shape, seed=10 + i).abs())
+    state.t[:, solver.soft] = 0.1 + normal(len(state.t), len(solver.soft), seed=15).abs()
     state.y.copy_(normal(*state.y.shape, seed=20)), state.v.copy_(normal(*state.v.shape, seed=21))
     return solver
 
@@ -75,9 +88,14 @@ def flat(*values, b):
     return torch.cat([v[b].flatten() for v in values])
 
 
+def unknowns(solver, d, b):
+    """dd, ds, dt of soft rows, dy, dv, dz of sample b."""
+    return flat(d.dx, d.du, d.ds, d.dt[:, solver.soft], d.dy, d.dv, d.dz, b=b)
+
+
 def dense(solver, b, delta_scale=1.0):
-    """The Newton matrix and its right-hand side of sample b by autograd, unknowns dd, ds, dy, dv, dz."""
-    state, p = solver.state, solver.point
+    """The Newton matrix and its right-hand side of sample b by autograd, in the order of `unknowns`."""
+    state, p, soft = solver.state, solver.point, solver.soft
     one, size = solver.data[b:b + 1], p.x[b].numel()
 
     def rows(tau):
@@ -87,27 +105,31 @@ def dense(solver, b, delta_scale=1.0):
     J = jacobian(lambda t: rows(t)[0], tau)
     P = hessian(lambda t: rows(t)[1] + multipliers @ rows(t)[0], tau)
     P.diagonal().add_(state.shift[b])
-    s, z, G = state.s[b], state.z[b], state.s.shape[1]
-    slack = torch.cat([torch.zeros(len(J) - G, G, dtype=J.dtype), torch.eye(G, dtype=J.dtype)])
+    s, t, z, rest = state.s[b], state.t[b, soft], state.z[b], (solver.rho - state.z[b])[soft]
+    slack = torch.cat([torch.zeros(len(J) - len(s), len(s), dtype=J.dtype), torch.eye(len(s), dtype=J.dtype)])
+    slack = torch.cat([slack, -slack[:, soft]], dim=1)
     delta = delta_scale * flat(state.delta_k, state.delta_e, state.delta_g, b=b)
-    top = torch.cat([P, torch.zeros(len(P), G, dtype=J.dtype), J.T], dim=1)
-    middle = torch.cat([torch.zeros(G, len(P), dtype=J.dtype), torch.diag(z / s), slack.T], dim=1)
+    top = torch.cat([P, torch.zeros(len(P), slack.shape[1], dtype=J.dtype), J.T], dim=1)
+    middle = torch.cat([torch.zeros(slack.shape[1], len(P), dtype=J.dtype), torch.diag(torch.cat([z / s, rest / t])),
+                        slack.T], dim=1)
     bottom = torch.cat([J, slack, -torch.diag(delta)], dim=1)
-    c = flat(p.k, p.e, b=b)
     gradient = jacobian(lambda t: rows(t)[1], tau) + J.T @ multipliers
-    rhs = -torch.cat([gradient, z - state.mu[b] / s, c, p.g[b] + s])
+    rhs = -torch.cat([gradient, z - state.mu[b] / s, rest - state.mu[b] / t, flat(p.k, p.e, b=b),
+                      p.g[b] + s - state.t[b]])
     return torch.cat([top, middle, bottom]), rhs, P, J
 
 
 @pytest.mark.parametrize('constraints', [(), CONSTRAINTS])
-def test_the_step_solves_the_newton_system_assembled_densely(constraints):
+@pytest.mark.parametrize('elastic', [math.inf, 9.0])
+def test_the_step_solves_the_newton_system_assembled_densely(constraints, elastic):
     problem, data = pendulum(B=3)
-    solver = at_random(problem, data, constraints)
+    solver = at_random(problem, data, constraints, ip.Settings(elastic=elastic))
+    assert len(solver.soft) == (0 if elastic == math.inf else 8 * (2 + 3))  # two upper bounds and three spheres
     d = direction_of(solver)
     assert d.ok.all()
     for b in range(3):
         matrix, rhs, *_ = dense(solver, b)
-        got = flat(d.dx, d.du, d.ds, d.dy, d.dv, d.dz, b=b)
+        got = unknowns(solver, d, b)
         assert (matrix @ got - rhs).abs().max() < 1e-10 * rhs.abs().max()
         assert (got - torch.linalg.solve(matrix, rhs)).abs().max() < 1e-8 * got.abs().max()
 
@@ -122,7 +144,7 @@ def test_the_step_tends_to_the_unregularised_one_in_proportion_to_delta():
         d = direction_of(solver)
         assert d.ok.all()
         exact = torch.stack([torch.linalg.solve(*dense(solver, b, delta_scale=0.0)[:2]) for b in range(2)])
-        got = torch.stack([flat(d.dx, d.du, d.ds, d.dy, d.dv, d.dz, b=b) for b in range(2)])
+        got = torch.stack([unknowns(solver, d, b) for b in range(2)])
         gaps.append(float((got - exact).abs().max() / exact.abs().max()))
     assert gaps[2] < 1e-5 and gaps[1] < 0.02 * gaps[0] and gaps[2] < 0.02 * gaps[1]
 
@@ -130,13 +152,15 @@ def test_the_step_tends_to_the_unregularised_one_in_proportion_to_delta():
 def merit_along(solver, d, t):
     every = slice(None)
     point = solver.rows.at(solver.data, solver.point.x + t * d.dx, solver.point.u + t * d.du)
-    return solver.merit(every, point, solver.state.s + t * d.ds)
+    return solver.merit(every, point, solver.state.s + t * d.ds, solver.state.t + t * d.dt)
 
 
 @pytest.mark.parametrize('seed', range(3))
-def test_the_merit_function_falls_along_the_step_at_the_rate_of_the_theorem(seed):
+@pytest.mark.parametrize('elastic', [math.inf, 9.0])
+def test_the_merit_function_falls_along_the_step_at_the_rate_of_the_theorem(seed, elastic):
     problem, data = pendulum(B=4)
-    solver = at_random(problem, data[torch.randperm(4, generator=torch.Generator().manual_seed(seed))], CONSTRAINTS)
+    solver = at_random(problem, data[torch.randperm(4, generator=torch.Generator().manual_seed(seed))], CONSTRAINTS,
+                       ip.Settings(elastic=elastic))
     d = direction_of(solver)
     t = 1e-6
     numeric = (merit_along(solver, d, t) - merit_along(solver, d, -t)) / (2.0 * t)
@@ -145,30 +169,89 @@ def test_the_merit_function_falls_along_the_step_at_the_rate_of_the_theorem(seed
         _, _, P, J = dense(solver, b)
         dd, state = flat(d.dx, d.du, b=b), solver.state
         moved = J @ dd
-        moved[len(J) - state.s.shape[1]:] += d.ds[b]
+        moved[len(J) - state.s.shape[1]:] += d.ds[b] - d.dt[b]
         delta = flat(state.delta_k, state.delta_e, state.delta_g, b=b)
-        theorem = dd @ P @ dd + (d.ds[b].square() * state.z[b] / state.s[b]).sum() + (moved.square() / delta).sum()
+        give = (d.dt[b].square() * (solver.rho - state.z[b]) / state.t[b])[solver.soft]
+        theorem = (dd @ P @ dd + (d.ds[b].square() * state.z[b] / state.s[b]).sum() + give.sum()
+                   + (moved.square() / delta).sum())
         assert float(d.slope[b]) == pytest.approx(-float(theorem), rel=1e-8)
 
 
-def test_every_accepted_step_of_a_solve_has_a_negative_slope_and_lowers_the_merit(monkeypatch):
+@pytest.mark.parametrize('elastic', [math.inf, 1e3])
+def test_every_accepted_step_of_a_solve_has_a_negative_slope_and_lowers_the_merit(monkeypatch, elastic):
     problem, data = pendulum()
     seen, step = [], ip._Solver.step
 
     def watched(self, d):
-        before, failures = self.merit(slice(None), self.point, self.state.s), self.state.failures.clone()
+        state = self.state
+        before, failures = self.merit(slice(None), self.point, state.s, state.t), state.failures.clone()
         kept = dataclasses.replace(self.state)
         step(self, d)
         now, self.state = self.state, kept
-        after = self.merit(slice(None), self.point, now.s)
+        after = self.merit(slice(None), self.point, now.s, now.t)
         self.state = now
         took = now.failures <= failures
         seen.append((d.slope[took], (after - before)[took], before[took]))
     monkeypatch.setattr(ip._Solver, 'step', watched)
-    assert ip.solve(problem, data, constraints=CONSTRAINTS[3:]).converged.all()
+    settings = ip.Settings(elastic=elastic)
+    assert ip.solve(problem, data, settings=settings, constraints=CONSTRAINTS[3:]).converged.all()
     slope, change, size = (torch.cat(v) for v in zip(*seen, strict=True))
     assert len(slope) > 30 and (slope < 1e-12 * (1.0 + size.abs())).all()
     assert (change < 1e-13 * (1.0 + size.abs())).all()
+
+
+def test_without_the_dual_regularisation_the_step_need_not_lower_the_merit_and_with_it_does():
+    """The authors' example: cost 1/2 (x0^2 + u0^2 + x1^2), x1 = x0 + u0, x0 = 0, at (x0, u0, x1) = (0, 0, 1) with the
+    multipliers (0, 3). The slope of the merit of penalty eta along the standard Newton step is 2 - eta."""
+    problem = Problem(Adder(), 1.0, 1, [1.0], [1.0], position=(0,))
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    data = problem.instances(zero, zero.expand(1, 2, 1), zero.view(1, 1, 1))
+    start = ip.guess(problem, data, torch.tensor([[[0.0], [1.0]]], dtype=torch.float64), zero.view(1, 1, 1))
+    for eta, slope in ((0.5, -5.79), (1.0, -2.43), (2.0, -0.71), (3.0, -0.61), (10.0, -5.86)):
+        solver = ip._Solver(problem, data, start, ip.Settings())
+        solver.state.y[0, :, 0] = torch.tensor([0.0, 3.0])
+        solver.state.delta_k.fill_(1.0 / eta)
+        d = direction_of(solver)
+        assert float(d.slope) == pytest.approx(slope, abs=5e-3) and d.ok.all()
+        standard = torch.linalg.solve(*dense(solver, 0, delta_scale=0.0)[:2])[:3]  # of x0, x1, u0
+        gradient = torch.stack([solver.point.x[0, 0, 0], solver.point.x[0, 1, 0], solver.point.u[0, 0, 0]])
+        push = solver.state.y[0, :, 0] + eta * solver.point.k[0, :, 0]
+        gradient = gradient + push @ torch.tensor([[-1.0, 0.0, 0.0], [1.0, -1.0, 1.0]], dtype=torch.float64)
+        assert float(gradient @ standard) == pytest.approx(2.0 - eta, abs=1e-9)
+
+
+@pytest.mark.parametrize('rho', [0.5, 30.0, 1e4])
+def test_the_slacks_of_a_trial_are_those_that_minimise_the_merit_there(rho):
+    """Stationarity: mu/s = p and rho - mu/t = p with the augmented multiplier p = z + (g + s - t)/delta."""
+    problem, data = pendulum()
+    solver = at_random(problem, data, (), ip.Settings(elastic=rho))
+    state, soft = solver.state, solver.soft
+    state.z[:, soft] = rho * torch.rand(6, len(soft), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    state.delta_g.copy_(10.0 ** (2.0 * normal(*state.delta_g.shape, seed=2) - 3.0))
+    state.mu.copy_(10.0 ** torch.arange(-9, -3, dtype=torch.float64))
+    g = normal(*state.s.shape, seed=3)
+    s, t = solver.best_slacks(slice(None), g)
+    p, mu = state.z + (g + s - t) / state.delta_g, state.mu.unsqueeze(1)
+    noise = 1e-12 * (state.z.abs() + (g.abs() + s + t) / state.delta_g)
+    assert (s > 0).all() and (t[:, soft] > 0).all() and ((mu / s - p).abs() <= noise + 1e-12 * mu / s).all()
+    assert ((rho - mu / t - p).abs() <= noise + 1e-12 * mu / t)[:, soft].all()
+
+
+def test_soft_spheres_hold_exactly_where_their_multiplier_suffices_and_give_way_where_nothing_else_can():
+    problem, data = pendulum()
+    hard = ip.solve(problem, data)
+    price = float(hard.warm_start.lam.max())
+    soft = ip.solve(problem, data, settings=ip.Settings(elastic=10.0 * price))
+    assert hard.converged.all() and soft.converged.all() and torch.allclose(hard.x, soft.x, atol=1e-6)
+    data = Instances(*(v.clone() for v in data.tensors()))
+    data.centers[2, :, 0], data.radii[2, 0] = data.x_init[2, :1] + 0.1, 2.0  # the first knots cannot leave it
+    stuck, given = (ip.solve(problem, data, settings=ip.Settings(elastic=e)) for e in (math.inf, 20.0))
+    theirs = al.solve(problem, data, settings=al.Settings(elastic=20.0, feasibility=1e-9, optimality=1e-18,
+                                                          gn_steps=60, newton_below=1e-2))
+    others = [0, 1, 3, 4, 5]
+    assert stuck.status_of(2) is ip.Status.INFEASIBLE is given.status_of(2) and given.converged[others].all()
+    assert given.error.max() < 1e-8 and given.violation[2] > 0.5 and given.warm_start.lam.max() <= 20.0
+    assert torch.allclose(given.cost, theirs.cost, rtol=1e-5) and torch.allclose(given.x, theirs.x, atol=1e-5)
 
 
 def test_a_converged_solution_satisfies_the_kkt_conditions():

@@ -228,7 +228,7 @@ def _split(H: Tensor, T: int, n: int) -> tuple[Tensor, Tensor]:
     return H[:, :T], H[:, T, :n, :n]
 
 
-def _row_limits(problem: Problem, K: int, elastic: float, like: Tensor) -> Tensor:
+def row_limits(problem: Problem, K: int, elastic: float, like: Tensor) -> Tensor:
     """rho of every residual (C,): inputs can always be kept within bounds, so those rows stay hard."""
     on_input = problem.sign[:, problem.n:].abs().sum(dim=1) > 0
     rho = torch.full((len(on_input) + K,), elastic, dtype=like.dtype, device=like.device)
@@ -291,7 +291,7 @@ class _Solver:
         self.problem, self.settings = problem, settings
         self.lqr = linear_solver(settings, data, problem.horizon)
         B = data.x_init.shape[0]
-        self.rho = _row_limits(problem, data.radii.shape[1], settings.elastic, data.x_init)
+        self.rho = row_limits(problem, data.radii.shape[1], settings.elastic, data.x_init)
         finite = data.is_finite() & torch.stack(
             [torch.isfinite(v).reshape(B, -1).all(dim=1) for v in start.tensors()]).all(dim=0)
         self.out_status = torch.where(finite, _RUNNING, _NOT_FINITE)
@@ -461,7 +461,7 @@ class ImplicitGradient:
         self.data = Instances(*(select(self.known, v, torch.ones_like(v)) for v in data.tensors()))
         self.point = Point.at(problem, self.data, x, u)
         converged = solution.converged
-        rho = _row_limits(problem, data.radii.shape[1], settings.elastic, x)
+        rho = row_limits(problem, data.radii.shape[1], settings.elastic, x)
         # an active residual holds as an equation to first order: its weight is as large as the precision bears
         stiff = torch.where(converged, mu.clamp_min(1e8 if x.dtype == torch.float64 else 1e5), mu).view(-1, 1, 1)
         self.a = stiff * ((self.lam > 0) & (self.lam < rho))

@@ -17,8 +17,8 @@ is the augmented barrier-Lagrangian, and an iteration solves for (dd, ds, dy, dv
 
 Elimination of ds, dv and dz leaves a dual-regularised LQR (deqmpc.solvers.riccati) with D = delta_k:
   H = P + e'^T e'/delta_e + g'^T w g',   w = 1 / (s/z + delta_g)
-  gradient = grad f + e'^T (v + e/delta_e) + g'^T (z + w t),   t = g + mu/z,   offset of the dynamics k + delta_k y
-  dz = w (g' dd + t),   ds = delta_g dz - g' dd - g - s,   dv = (e' dd + e)/delta_e,   y + dy = the LQR's co-state
+  gradient = grad f + e'^T (v + e/delta_e) + g'^T (z + w q),   q = g + mu/z,   offset of the dynamics k + delta_k y
+  dz = w (g' dd + q),   ds = delta_g dz - g' dd - g - s,   dv = (e' dd + e)/delta_e,   y + dy = the LQR's co-state
 
 Descent. Where the matrix has the inertia of a minimum, which the recursion's pivots certify (`Factors.ok`), the slope
 of A along (dd, ds) with fixed multipliers is
@@ -30,6 +30,13 @@ that move on a straight line make the rows of spheres that the step bends, and t
 The multipliers y and v follow by the same step length, z by its own to the boundary; mu falls when the KKT error is
 below a multiple of it, the delta of a row when its residual does not. A finite delta only limits the step: at a
 solution all of k, e, g + s are zero.
+
+Soft rows. A finite `elastic` rho makes bounds on the state and spheres soft, as in the augmented-Lagrangian solver:
+they give way by t > 0 at the price rho t, an exact l1 penalty, and hold wherever a multiplier below rho suffices:
+  g + s - t = 0,   A gains rho t - mu log t,   and the Newton system (rho - z)/t dt - dz = -(rho - z - mu/t)
+dt is eliminated as ds is, w = 1 / (s/z + t/(rho - z) + delta_g), q = g + mu/z - mu/(rho - z), and the slope of A gains
+-dt' (rho - z)/t dt. The s and t that minimise A at a trajectory are mu/p and mu/(rho - p), where p, which is
+z + (g + s - t)/delta, is the root in (0, rho) of delta (p - z) - g - mu/p + mu/(rho - p), a growing function.
 
 Every sample has its own mu, delta, shift, step length and status, and never sees another one. Settings, problem,
 warm start (x, u, lam = z, eta = y, mu = 1/delta) and solution are those of deqmpc.solvers.augmented_lagrangian, so
@@ -51,6 +58,7 @@ from deqmpc.solvers import riccati
 from deqmpc.solvers.augmented_lagrangian import STATUS, Status, WarmStart, select
 
 _CONVERGED, _LIMIT, _INFEASIBLE, _SINGULAR, _NOT_FINITE, _RUNNING = range(6)
+_HALF_TO_ROUNDING = 7  # steps of Newton's method from half of a root to all its digits
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class Settings:
     shift_up: float = 8.0  # its factor from one attempt to the next
     shift_down: float = 0.2  # its factor after a step
     shift_max: float = 1e8  # largest
+    elastic: float = float('inf')  # largest multiplier of a bound on the state or a sphere; finite = soft constraints
+    feasibility: float = 1e-4  # violation from which on a soft constraint counts as given up (INFEASIBLE)
     boundary: float = 0.995  # least share of the way to s = 0, z = 0 that a step may go
     armijo: float = 1e-4  # share of the slope that a step must gain
     halvings: int = 20  # of the step length at most
@@ -177,13 +187,18 @@ def solve(problem: Problem, data: Instances, warm_start: WarmStart | None = None
         plain = Instances(*(v.detach() for v in data.tensors()))
         solution = _Solver(problem, plain, start, settings, constraints).run()
         if wanted:
-            # a multiplier below its slack belongs to a row that is not active
-            h = torch.nan_to_num(problem.residuals(plain, solution.x, solution.u))
-            lam = solution.warm_start.lam
-            active = replace(solution, warm_start=replace(
-                solution.warm_start, lam=torch.where(lam > -h, lam, 0.0)))
-            gradient = al.ImplicitGradient(problem, plain, active, al.Settings(linear_solver=settings.linear_solver))
+            own = al.Settings(linear_solver=settings.linear_solver, elastic=settings.elastic)
+            gradient = al.ImplicitGradient(problem, plain, _with_active_set(problem, plain, solution, own), own)
     return al.attach_gradient(data, solution, gradient) if wanted else solution
+
+
+def _with_active_set(problem, data, solution, settings: al.Settings) -> Solution:
+    """The solution with the multiplier 0 where it is below the slack, of a row that is not active, and rho where what
+    is left to it is below the violation, of a row that gave way."""
+    h, lam = torch.nan_to_num(problem.residuals(data, solution.x, solution.u)), solution.warm_start.lam
+    rho = al.row_limits(problem, h.shape[-1] - len(problem.limit), settings.elastic, h)
+    lam = torch.where(rho - lam < h, rho, torch.where(lam > -h, lam, 0.0))
+    return replace(solution, warm_start=replace(solution.warm_start, lam=lam))
 
 
 @dataclass
@@ -205,6 +220,13 @@ class Rows:
         zero = data.x_init.new_zeros
         self.widths = [c.value(zero(1, 1, problem.n), zero(1, 1, problem.m), zero(1, 1, problem.n)).shape[-1]
                        for c in constraints]
+
+    def limits(self, spheres: int, elastic: float, like: Tensor) -> Tensor:
+        """rho (G,): `elastic` for bounds on the state and spheres, inf for bounds on inputs and for constraints."""
+        own = al.row_limits(self.problem, spheres, elastic, like).repeat(self.problem.horizon)
+        more = sum(width * (at.stop - at.start) for c, width, at in zip(self.constraints, self.widths, self.knots,
+                                                                         strict=True) if not c.equality)
+        return torch.cat([own, own.new_full((more,), float('inf'))])
 
     def at(self, data: Instances, x: Tensor, u: Tensor, k: Tensor | None = None) -> Point:
         """The point of a trajectory; k are its defects where they are known."""
@@ -273,6 +295,7 @@ class _Direction:
     dx: Tensor
     du: Tensor
     ds: Tensor
+    dt: Tensor
     dy: Tensor
     dz: Tensor
     dv: Tensor
@@ -285,6 +308,7 @@ class _State:
     """All that a sample carries from one iteration to the next."""
 
     s: Tensor  # (B, G)
+    t: Tensor  # (B, G) by how much rows give way; 0 of hard ones
     z: Tensor  # (B, G)
     y: Tensor  # (B, T+1, n)
     v: Tensor  # (B, E)
@@ -319,6 +343,8 @@ class _Solver:
         self.out_status = torch.where(finite, _RUNNING, _NOT_FINITE)
         self.index = finite.nonzero()[:, 0]
         self.rows = Rows(problem, data, constraints)
+        self.rho = self.rows.limits(data.radii.shape[1], settings.elastic, data.x_init)
+        self.soft = torch.isfinite(self.rho).nonzero()[:, 0]
         self.eps = torch.finfo(data.x_init.dtype).eps
         self._template(data, start)
         self.data, start = data[self.index], start[self.index]
@@ -342,9 +368,10 @@ class _Solver:
         s = (-p.g).clamp_min(mu ** 0.5)
         z = mu / s
         z[:, :self.rows.own] = torch.maximum(z[:, :self.rows.own], start.lam.flatten(1))
+        z = torch.minimum(z, 0.5 * self.rho)
         delta, zero = (1.0 / start.mu).clamp(self.settings.delta_min, 1.0 / self.eps), torch.zeros_like(start.mu)
         count = torch.zeros(B, dtype=torch.long, device=zero.device)
-        return _State(s, z, start.eta.clone(), torch.zeros_like(p.e), torch.full_like(zero, mu),
+        return _State(s, mu / (self.rho - z), z, start.eta.clone(), torch.zeros_like(p.e), torch.full_like(zero, mu),
                       delta.view(-1, 1, 1).expand_as(p.k).clone(), delta.view(-1, 1).expand_as(p.g).clone(),
                       delta.view(-1, 1).expand_as(p.e).clone(), zero, count, count.clone(), zero + float('inf'))
 
@@ -394,10 +421,10 @@ class _Solver:
         gradient[:, :-1] += (state.y[:, 1:].unsqueeze(2) @ self.F).squeeze(2)
         all_rows = torch.cat([state.z, state.v, state.y.flatten(1)], dim=1)
         scale = 1.0 / (0.01 * all_rows.abs().mean(dim=1)).clamp_min(1.0)
-        fixed = torch.maximum(scale * _largest(gradient), _largest(p.k, p.e, p.g + state.s))
+        fixed = torch.maximum(scale * _largest(gradient), _largest(p.k, p.e, p.g + state.s - state.t))
         if not state.s.shape[1]:
             return fixed, fixed
-        gap = state.s * state.z
+        gap = torch.cat([state.s * state.z, (state.t * (self.rho - state.z))[:, self.soft]], dim=1)
         return (torch.maximum(fixed, scale * _largest(gap)),
                 torch.maximum(fixed, scale * _largest(gap - state.mu.unsqueeze(1))))
 
@@ -416,11 +443,12 @@ class _Solver:
         done = self.error <= settings.tolerance
         stuck = (state.failures >= 6) | ~torch.isfinite(self.error)
         limit = state.steps >= settings.max_steps
-        rows = torch.cat([p.k.flatten(1), p.e, (p.g + state.s)], dim=1).abs()
+        rows = torch.cat([p.k.flatten(1), p.e, p.g + state.s - state.t], dim=1).abs()
         deltas = torch.cat([state.delta_k.flatten(1), state.delta_e, state.delta_g], dim=1)
         hopeless = ((rows > settings.tolerance ** 0.5) & (deltas <= settings.delta_min)).any(dim=1)
-        self.status = torch.where(done, _CONVERGED, torch.where(hopeless, _INFEASIBLE,
-                                                                torch.where(stuck, _SINGULAR, _LIMIT)))
+        broken = (p.g[:, self.soft] > settings.feasibility).any(dim=1)
+        self.status = torch.where(done & ~broken, _CONVERGED, torch.where(done | hopeless, _INFEASIBLE, torch.where(
+            stuck, _SINGULAR, _LIMIT)))
         return done | stuck | limit
 
     def factor(self, H, C, D):
@@ -448,8 +476,9 @@ class _Solver:
     def direction(self) -> _Direction:
         """The step of the Newton system above."""
         p, state, T = self.point, self.state, self.problem.horizon
-        w, t = 1.0 / (state.s / state.z + state.delta_g), p.g + state.mu.unsqueeze(1) / state.z
-        pushes = state.z + w * t, state.v + p.e / state.delta_e
+        mu, rest = state.mu.unsqueeze(1), self.rho - state.z
+        w, toward = 1.0 / (state.s / state.z + state.t / rest + state.delta_g), p.g + mu / state.z - mu / rest
+        pushes = state.z + w * toward, state.v + p.e / state.delta_e
         s, H = self.rows.terms(self.data, p, self.jacobians, pushes, (w, 1.0 / state.delta_e))
         C = self.rows.curvature(self.data, p, state.y, (state.z, state.v))
         factors, state.shift = self.factor(H, C, state.delta_k)
@@ -458,58 +487,74 @@ class _Solver:
         dx, du, y = (v.squeeze(3) for v in riccati.solve(
             factors, s[:, :T].unsqueeze(3), s[:, T, :n].unsqueeze(2), c.unsqueeze(3)))
         gd, ed = self.rows.along(self.data, p, self.jacobians, dx, du)
-        dz, dv = w * (gd + t), (ed + p.e) / state.delta_e
-        ds = state.delta_g * dz - gd - p.g - state.s
+        dz, dv = w * (gd + toward), (ed + p.e) / state.delta_e
+        rows = p.g + state.s - state.t
+        dt = mu / rest - state.t + state.t / rest * dz
+        ds = state.delta_g * dz - gd - rows + dt
         # of the merit: the cost's slope is that of s without the rows' pushes
-        rows = p.g + state.s
         kd = state.delta_k * (y - state.y) - p.k
         slope = ((s[..., :n] * dx).sum((1, 2)) + (s[:, :T, n:] * du).sum((1, 2)) - (pushes[0] * gd).sum(1)
-                 + ((state.z + rows / state.delta_g) * (gd + ds) - state.mu.unsqueeze(1) / state.s * ds).sum(1)
+                 + ((state.z + rows / state.delta_g) * (gd + ds - dt) - mu / state.s * ds).sum(1)
+                 + ((self.rho - mu / state.t) * dt)[:, self.soft].sum(1)
                  + ((state.y + p.k / state.delta_k) * kd).sum((1, 2)))
         ok = factors.ok & torch.isfinite(slope) & (slope <= 1e2 * self.eps * (1.0 + p.cost.abs()))
-        return _Direction(dx, du, ds, y - state.y, dz, dv, slope, ok)
+        return _Direction(dx, du, ds, dt, y - state.y, dz, dv, slope, ok)
 
-    def merit(self, at, point: Point, s: Tensor) -> Tensor:
+    def merit(self, at, point: Point, s: Tensor, t: Tensor) -> Tensor:
         """A of the samples `at`, (count,)."""
-        state, rows = self.state[at], point.g + s
-        return (point.cost - state.mu * s.log().sum(1) + ((state.z + 0.5 * rows / state.delta_g) * rows).sum(1)
+        state, rows, give = self.state[at], point.g + s - t, t[:, self.soft]
+        return (point.cost - state.mu * (s.log().sum(1) + give.log().sum(1)) + give @ self.rho[self.soft]
+                + ((state.z + 0.5 * rows / state.delta_g) * rows).sum(1)
                 + ((state.y + 0.5 * point.k / state.delta_k) * point.k).sum((1, 2))
                 + ((state.v + 0.5 * point.e / state.delta_e) * point.e).sum(1))
 
-    def best_slacks(self, at, g: Tensor) -> Tensor:
-        """The slacks that minimise A for rows g (count, G) of the samples `at`: s^2 + b s = delta mu > 0."""
+    def best_slacks(self, at, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The s and t that minimise A for rows g (count, G) of the samples `at`: see the top of the file.
+
+        Below rho/2 the function of p is concave, so that Newton's method from below its root never passes it; there,
+        mu/(rho - p) <= 2 mu/rho leaves a quadratic whose root is below and at least half of it. A root above rho/2 is
+        that of the mirrored row: rho - p for p, -g for g, and t for s."""
         state = self.state[at]
-        b, product = g + state.delta_g * state.z, state.delta_g * state.mu.unsqueeze(1)
-        root = (b.square() + 4.0 * product).sqrt()
-        return torch.where(b > 0, 2.0 * product / (b + root), 0.5 * (root - b))
+        mu, delta, rho = state.mu.unsqueeze(1), state.delta_g, self.rho
+        mirrored = delta * (0.5 * rho - state.z) < g
+        b = torch.where(mirrored, delta * (rho - state.z) - g, delta * state.z + g)
+        low = b - 2.0 * mu / rho
+        root = (low.square() + 4.0 * delta * mu).sqrt()
+        p = torch.where(low > 0, 0.5 * (low + root) / delta, 2.0 * mu / (root - low))
+        for _ in range(_HALF_TO_ROUNDING if len(self.soft) else 0):
+            slope = delta + mu / p.square() + mu / (rho - p).square()
+            p = torch.minimum(p - (delta * p - b - mu / p + mu / (rho - p)) / slope, 0.5 * rho)
+        near, far = mu / p, mu / (rho - p)
+        return torch.where(mirrored, far, near), torch.where(mirrored, near, far)
 
     def step(self, d: _Direction):
         """Line search and update."""
         p, state, settings = self.point, self.state, self.settings
-        before = self.merit(slice(None), p, state.s)
+        before = self.merit(slice(None), p, state.s, state.t)
         tau = torch.maximum(1.0 - state.mu, torch.full_like(state.mu, settings.boundary))
-        alpha, alpha_z = torch.ones_like(state.mu), _to_boundary(state.z, d.dz, tau)
+        alpha = torch.ones_like(state.mu)
+        alpha_z = torch.minimum(_to_boundary(state.z, d.dz, tau), _to_boundary(self.rho - state.z, -d.dz, tau))
         slack = 10.0 * self.eps * (before.abs() + p.cost.abs() + 1.0)  # rounding must not stop it
         took = torch.zeros_like(d.ok)
         left = d.ok.nonzero()[:, 0]
-        new, new_s = p.map(torch.clone), state.s.clone()
+        new, new_s, new_t = p.map(torch.clone), state.s.clone(), state.t.clone()
         for _ in range(settings.halvings):
             if not len(left):
                 break
             a = alpha[left]
             trial = self.rows.at(self.data[left], p.x[left] + a.view(-1, 1, 1) * d.dx[left],
                                  p.u[left] + a.view(-1, 1, 1) * d.du[left])
-            s = self.best_slacks(left, trial.g)
-            good = self.merit(left, trial, s) <= (before + slack)[left] + settings.armijo * a * d.slope[left]
+            s, t = self.best_slacks(left, trial.g)
+            good = self.merit(left, trial, s, t) <= (before + slack)[left] + settings.armijo * a * d.slope[left]
             at = left[good]
-            took[at], new_s[at] = True, s[good]
+            took[at], new_s[at], new_t[at] = True, s[good], t[good]
             for f in fields(new):
                 getattr(new, f.name)[at] = getattr(trial, f.name)[good]
             left = left[~good]
             alpha[left] *= 0.5
-        self.update(d, took, alpha, alpha_z, new, new_s)
+        self.update(d, took, alpha, alpha_z, new, new_s, new_t)
 
-    def update(self, d, took, alpha, alpha_z, new, new_s):
+    def update(self, d, took, alpha, alpha_z, new, new_s, new_t):
         """Move the samples that `took` a step of length alpha; adapt delta and shift."""
         p, state, settings = self.point, self.state, self.settings
         step = torch.where(took, alpha, 0.0)
@@ -517,12 +562,12 @@ class _Solver:
         state.y = select(took, state.y + step.view(-1, 1, 1) * d.dy, state.y)
         state.v = select(took, state.v + step.unsqueeze(1) * d.dv, state.v)
         for name, old, now in (('delta_k', p.k, new.k), ('delta_e', p.e, new.e),
-                               ('delta_g', p.g + state.s, new.g + new_s)):
+                               ('delta_g', p.g + state.s - state.t, new.g + new_s - new_t)):
             delta = getattr(state, name)
             slow = (now.abs() >= settings.delta_when * old.abs()) & (now.abs() > settings.tolerance)
             smaller = torch.where(slow, (settings.delta_ratio * delta).clamp_min(settings.delta_min), delta)
             setattr(state, name, select(took, smaller, delta))
-        self.point, state.s = new, new_s
+        self.point, state.s, state.t = new, new_s, new_t
         state.decrement = torch.where(d.ok, (-d.slope).clamp_min(0.0) / (1e-2 + new.cost.abs()), state.decrement)
         less = settings.shift_down * state.shift
         state.shift = torch.where(took, torch.where(less < 0.01 * settings.shift_0, 0.0, less),
