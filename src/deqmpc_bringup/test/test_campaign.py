@@ -9,6 +9,7 @@ import pytest
 from deqmpc_bringup import campaign
 from deqmpc_bringup.composition import CompositionError, compose, share_dir
 from deqmpc_bringup.trial import main
+from flight_log.bag import read_raw
 
 FILES = sorted((share_dir() / 'config' / 'trials').glob('*.yaml'))
 
@@ -94,3 +95,17 @@ def test_a_cluster_that_is_not_there_is_said(tmp_path):
     pytest.importorskip('distributed', reason='campaigns on several machines need Dask (the extra `dask`)')
     with pytest.raises(CompositionError, match='no scheduler answers'), campaign.engine(1, 'tcp://127.0.0.1:9'):
         raise AssertionError('there is no cluster')
+
+
+def test_a_cluster_flies_the_same_trials_as_processes_here(tmp_path):
+    distributed = pytest.importorskip(
+        'distributed', reason='campaigns on several machines need Dask (the extra `dask`)')
+    file = write(tmp_path / 'two.yaml', '{policies: [deq_mpc_nn], seeds: "3:5", arguments: {max_steps: 6}}')
+    assert main([str(file), '--out', str(tmp_path / 'here'), '--jobs', '1']) == 0
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+        assert main([str(file), '--out', str(tmp_path / 'there'), '--dask', cluster.scheduler_address]) == 0
+    for seed in (3, 4):
+        plans = [[(t, data) for _, _, t, data in read_raw(tmp_path / f'{place}/deq_mpc_nn/seed_00{seed}/bag',
+                                                          ['/cf1/plan', '/cf1/pose', '/cf1/setpoint'])]
+                 for place in ('here', 'there')]
+        assert len(plans[0]) > 100 and plans[0] == plans[1]
