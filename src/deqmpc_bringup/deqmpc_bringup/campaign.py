@@ -224,7 +224,7 @@ def main(argv: list[str]) -> int:
         campaign = dataclasses.replace(campaign, arguments=tuple({**dict(campaign.arguments), **more}.items()))
         folder = (options.out or Path('runs/campaigns') / options.file.stem).resolve()
         todo = [(t.name(campaign), given_of(t, campaign, folder)) for t in trials(campaign)]
-        for _, given in todo:
+        for given in {(g['policy'], g.get('start')): g for _, g in todo}.values():
             compose(campaign.mode, given)  # says now what is wrong
         folder.mkdir(parents=True, exist_ok=True)
         manifest = Manifest(folder, campaign)
