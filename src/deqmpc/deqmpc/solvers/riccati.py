@@ -69,10 +69,11 @@ def factor(H: Tensor, QN: Tensor, F: Tensor, D: Tensor) -> Factors:
     touch the others. Raises ValueError on shapes that do not fit.
     """
     N, n, _ = _check(H, QN, F, D)
-    half = _square_root(D)
+    half, standard = _square_root(D), not D.any()
+    eye = torch.eye(n, dtype=QN.dtype, device=QN.device).expand_as(QN)
     P, Ps, Es, Ws, Ks, Gs, infos = QN, [QN], [], [], [], [], []
     for i in range(N, -1, -1):
-        E, W, *info = _damped(P, D[:, i], half[:, i])
+        E, W, *info = (eye, P) if standard else _damped(P, D[:, i], half[:, i])
         Es.append(E)
         Ws.append(W)
         infos += info
@@ -86,7 +87,7 @@ def factor(H: Tensor, QN: Tensor, F: Tensor, D: Tensor) -> Factors:
     K = torch.linalg.solve_triangular(Gs.transpose(2, 3), Ks, upper=True).neg_()
     phi = F[..., :n] + F[..., n:] @ K
     ok = (torch.stack(infos) == 0).all(dim=0) & torch.isfinite(Ps[:, 0]).all(dim=2).all(dim=1)
-    return Factors(F, D, Ps, Es, Ws, K, Gs, phi, Es[:, 1:] @ phi, ok)
+    return Factors(F, D, Ps, Es, Ws, K, Gs, phi, phi if standard else Es[:, 1:] @ phi, ok)
 
 
 def _damped(P: Tensor, D: Tensor, L: Tensor) -> tuple[Tensor, ...]:
