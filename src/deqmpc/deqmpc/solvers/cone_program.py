@@ -212,7 +212,10 @@ class Path:
 
     def at(self, mu: float) -> Tensor:
         """w at one of the parameters, (..., size)."""
-        return self.w[..., self.mu.index(mu), :]
+        for k, level in enumerate(self.mu):
+            if math.isclose(level, mu, rel_tol=1e-9):
+                return self.w[..., k, :]
+        raise ValueError(f'mu = {mu!r}; expected one of the path, {self.mu}')
 
 
 class ConeSolver:
@@ -243,8 +246,8 @@ class ConeSolver:
         run = self._native.solve if self._runs_compiled(flat) else self._solve_in_torch
         w, status, steps, residual = run(flat, levels, self.settings)
         shape = theta.shape[:-1]
-        return Path(tuple(levels), w.reshape(*shape, len(levels), -1), status.reshape(shape), steps.reshape(shape),
-                    residual.reshape(shape))
+        return Path(tuple(levels), w.reshape(*shape, len(levels), self.conditions.size),
+                    *(v.reshape(shape) for v in (status, steps, residual)))
 
     def sensitivity(self, w: Tensor, theta: Tensor) -> Tensor:
         """dw/dtheta (..., size, parameters) of the central path through w (..., size); NaN where dr/dw is singular."""
@@ -252,7 +255,7 @@ class ConeSolver:
         if w.shape[:-1] != theta.shape[:-1]:
             raise ValueError(f'w {tuple(w.shape)} and theta {tuple(theta.shape)}; expected the same leading sizes')
         run = self._native.sensitivity if self._runs_compiled(q) else self._sensitivity_in_torch
-        return run(p, q).reshape(*w.shape, -1)
+        return run(p, q).reshape(*w.shape, self.conditions.parameters)
 
     def residual(self, w: Tensor, theta: Tensor, mu: float) -> Tensor:
         """r (..., size) at w (..., size) and theta (..., parameters)."""
