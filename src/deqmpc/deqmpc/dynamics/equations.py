@@ -1,8 +1,8 @@
 """Continuous dynamics written once, over scalars, and the derivatives generated from them.
 
-An `Equations` object gives x' = f(x, u) component by component with + - * / and the functions `sin` and `cos` of
-this module. The same lines run on floats, arrays and tensors, and on sympy symbols, from which this module
-derives
+An `Equations` object gives x' = f(x, u) component by component with + - * / and the functions `sin`, `cos`, `sqrt`
+and `exp` of this module. The same lines run on floats, arrays and tensors, and on sympy symbols, from which this
+module derives
 
   the Jacobian  J = df/d(x, u)                      (n, n+m)
   the curvature C = d^2 (w' f) / d(x, u)^2          (n+m, n+m), for a weight w (n,)
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,11 +24,13 @@ from typing import Any, Protocol
 import numpy as np
 
 Scalars = Sequence[Any]
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class Equations(Protocol):
     """Continuous dynamics. Implementations are frozen dataclasses, hence hashable by their constants. An attribute
-    `integrator` names the step they are made for, where it is not RK4 (deqmpc.dynamics.integrators)."""
+    `integrator` names the step they are made for, where it is not RK4, and `jump` inputs that are changes of states
+    (deqmpc.dynamics.integrators)."""
 
     n: int
     m: int
@@ -49,6 +52,13 @@ def cos(a: Any) -> Any:
 def sqrt(a: Any) -> Any:
     """Square root of a float, an array, a tensor or a symbol; NaN where it is not finite."""
     return _function('sqrt', a)
+
+
+def exp(a: Any) -> Any:
+    """exp of a float, an array, a tensor or a symbol; inf where it is too large for a double."""
+    if isinstance(a, (float, int)):
+        return math.exp(a) if a <= _LARGEST_EXPONENT else a * math.inf  # NaN stays NaN
+    return _function('exp', a)
 
 
 def _function(name, a):
@@ -139,7 +149,7 @@ def python_source(program: Program, name: str) -> str:
 
 def compiled(program: Program, name: str) -> Callable:
     """`python_source` as a function."""
-    namespace: dict[str, Any] = {'sin': sin, 'cos': cos, 'sqrt': sqrt}
+    namespace: dict[str, Any] = {'sin': sin, 'cos': cos, 'exp': exp, 'sqrt': sqrt}
     exec(compile(python_source(program, name), f'<generated {name}>', 'exec'), namespace)
     return namespace[name]
 

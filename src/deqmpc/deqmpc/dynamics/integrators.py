@@ -16,6 +16,9 @@ The explicit step, `Euler`, is the same with one stage:
 It serves maps that are not a Runge-Kutta step of continuous dynamics: f = (phi - x) / h, for a phi that is known.
 Semi-implicit Euler of q' = v, v' = a(q, v, u), say, has f = (v + h a, a); such equations know their step, `dt`.
 
+Inputs may be changes of a value that is held over the step, and kept as a state x_i with x_i' = 0. The equations then
+name the pairs (i, j) of such a state and its input as `jump`: at the end of the step, phi_i += u_j.
+
 J and d^2(w' f)/dz^2 are generated from the equations (deqmpc.dynamics.equations).
 
 Dynamics that are themselves a step, such as the solutions of a program (deqmpc.dynamics.optimization_based), are taken
@@ -67,6 +70,7 @@ class Integrator(ABC):
 
     def __init__(self, equations: Equations, dt: float):
         self.equations, self.dt = equations, float(dt)
+        self.jump: tuple[tuple[int, int], ...] = getattr(equations, 'jump', ())
         own = getattr(equations, 'dt', self.dt)
         if own != self.dt:
             raise ValueError(f'dt = {dt!r}; {type(equations).__name__} is made for steps of {own!r} s')
@@ -74,9 +78,15 @@ class Integrator(ABC):
     def step(self, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """phi(x, u), shape (..., n). Differentiable by torch."""
         if torch.is_grad_enabled() and (x.requires_grad or u.requires_grad):
-            following, _ = self.over_scalars(self.equations.derivative, x.unbind(-1), u.unbind(-1), self.dt)
-            return torch.stack(following, dim=-1)
+            return torch.stack(self._advance(x.unbind(-1), u.unbind(-1))[0], dim=-1)
         return self._step(x, u)[0].reshape(x.shape)
+
+    def _advance(self, x: Scalars, u: Scalars) -> tuple[list, tuple[Scalars, ...]]:
+        """phi over scalars, and the states of the stages."""
+        following, states = self.over_scalars(self.equations.derivative, x, u, self.dt)
+        for i, j in self.jump:
+            following[i] = following[i] + u[j]
+        return following, states
 
     @abstractmethod
     def linearize(self, x: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,20 +99,27 @@ class Integrator(ABC):
     def _step(self, x, u):
         """phi (P, n) and the states of the S stages (S, P, n) of P points."""
         n = self.equations.n
-        f, points = self.equations.derivative, torch.cat([x.detach(), u.detach()], dim=-1)
+        points = torch.cat([x.detach(), u.detach()], dim=-1)
         points = points.reshape(-1, points.shape[-1])
         if points.device.type != 'cpu':
             columns = points.unbind(-1)
-            following, states = self.over_scalars(f, columns[:n], columns[n:], self.dt)
+            following, states = self._advance(columns[:n], columns[n:])
             return torch.stack(following, dim=-1), torch.stack([torch.stack(list(s), dim=-1) for s in states])
         if 0 < len(points) <= _FEW_POINTS and points.dtype == torch.float64:
-            made = [self.over_scalars(f, p[:n], p[n:], self.dt) for p in points.tolist()]
+            made = [self._advance(p[:n], p[n:]) for p in points.tolist()]
             return (torch.tensor([following for following, _ in made], dtype=x.dtype),
                     torch.tensor([s for _, s in made], dtype=x.dtype).transpose(0, 1))
         columns = np.ascontiguousarray(points.numpy().T)
-        following, states = self.over_scalars(f, columns[:n], columns[n:], self.dt)
+        following, states = self._advance(columns[:n], columns[n:])
         return (torch.from_numpy(np.stack(following, axis=-1)),
                 torch.from_numpy(np.stack([np.stack(list(s), axis=-1) for s in states])))
+
+    def _add_identity(self, f):
+        """dx/dz and the jumps, to f (P, n, n+m)."""
+        n = self.equations.n
+        f[:, :, :n].diagonal(dim1=1, dim2=2).add_(1.0)
+        for i, j in self.jump:
+            f[:, i, n + j] += 1.0
 
     def _jacobians(self, states, u):
         """df/d(x, u) of the stages (S, P, n, n+m)."""
@@ -125,7 +142,7 @@ class RK4(Integrator):
         following, states = self._step(x, u)
         k1, k2, k3, k4 = self._chain(self._jacobians(states, u))
         f = (k2 + k3).mul_(2.0).add_(k1).add_(k4).mul_(self.dt / 6.0)
-        f[:, :, :n].diagonal(dim1=1, dim2=2).add_(1.0)
+        self._add_identity(f)
         return following.reshape(x.shape), f.reshape(*x.shape[:-1], n, n + m)
 
     def curvature(self, x: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -169,7 +186,7 @@ class Euler(Integrator):
         n, m = self.equations.n, self.equations.m
         following, states = self._step(x, u)
         f = self.dt * self._jacobians(states, u)[0]
-        f[:, :, :n].diagonal(dim1=1, dim2=2).add_(1.0)
+        self._add_identity(f)
         return following.reshape(x.shape), f.reshape(*x.shape[:-1], n, n + m)
 
     def curvature(self, x: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -94,6 +94,7 @@ class _Writer:
         self.f, self.J = reduced[:self.n], reduced[self.n:]
         self.text = _printer()
         integrator = kind_of(equations)
+        self.jump = getattr(equations, 'jump', ())
         self.steps = [f'({step!r} * h)' for step in integrator.steps]  # from x to the stages after the first
         self.weights = [f'({weight!r} * h)' for weight in integrator.weights]
         self.stage_count = len(self.weights)
@@ -104,8 +105,8 @@ class _Writer:
         for _ in self.steps:
             self.K.append(set(self.nonzero) | {(i, j) for i in self.A for k in self.A[i] for a, j in self.K[-1]
                                                if a == k})
-        diagonal = {(i, i) for i in range(self.n)}
-        self.entries = sorted(self.K[-1] | diagonal)
+        self.ones = {(i, i) for i in range(self.n)} | {(i, self.n + j) for i, j in self.jump}
+        self.entries = sorted(self.K[-1] | self.ones)
 
     def unpack(self, names):
         return [f'  const vec {name}{i} = {name}[{i}];' for name, size in names for i in range(size)]
@@ -160,9 +161,10 @@ class _Writer:
                  'static void step_linearize(const vec *x, const vec *u, double h, vec *next, vec *F) {',
                  *self.stages(),
                  f'  for (int i = 0; i < N; i++) next[i] = x[i] + {self.weighted([f"k[{s}][i]" for s in stages])};']
+        lines += [f'  next[{i}] += u[{j}];' for i, j in self.jump]
         for e, (i, j) in enumerate(self.entries):
             at = i * (self.n + self.m) + j
-            one = '1.0 + ' if i == j else ''
+            one = '1.0 + ' if (i, j) in self.ones else ''
             value = self.weighted([f'K[{s}][{at}]' if (i, j) in self.K[s] else '' for s in stages])
             lines.append(f'  F[{e}] = {one}{value or "(vec){0}"};')
         return [*lines, '}']
