@@ -207,7 +207,9 @@ def test_gradients_are_those_of_the_torch_solver(exact, elastic, horizon):
 
 
 @needs_compiler
-def test_the_gradient_of_converged_samples_equals_finite_differences():
+@pytest.mark.parametrize('settings', [al.Settings(feasibility=1e-8), Settings(tolerance=1e-9)],
+                         ids=['augmented Lagrangian', 'interior point'])
+def test_the_gradient_of_converged_samples_equals_finite_differences(settings):
     """Of the torch solver's solutions, which reach tolerances at which differences mean something."""
     p, B, h = problem(u_low=[0.9] * 4, u_high=[1.1] * 4), 8, 1e-5
     tight = al.Settings(feasibility=1e-9, optimality=1e-18, gn_steps=60, max_steps=400, newton_below=1e-2)
@@ -220,7 +222,7 @@ def test_the_gradient_of_converged_samples_equals_finite_differences():
              for name in range(8) for step in (0.0, h, -h)]  # all in one batch: for each field here, ahead, behind
     ends = al.solve(p, Instances(*(torch.cat(v) for v in zip(*moved, strict=True))), settings=tight)
     near = ends.warm_start[:B]
-    solution = RealtimeSolver(p, K, al.Settings(feasibility=1e-8)).solve_batch(data, near)
+    solution = RealtimeSolver(p, K, settings).solve_batch(data, near)
     gx, gu = loss_gradients(solution)
     loss = ((ends.x.unflatten(0, (24, B)) * gx).sum((2, 3)) + (ends.u.unflatten(0, (24, B)) * gu).sum((2, 3)))
     known = solution.converged & ends.converged.view(24, B).all(dim=0)
@@ -291,8 +293,6 @@ def test_what_does_not_fit_is_named():
     start = al.cold_start(p, data, TWO)
     with pytest.raises(ValueError, match=r'warm_start.x is torch.float64 of shape \(20, 5, 12\)'):
         RealtimeSolver(p, K, TWO).solve_batch(data, dataclasses.replace(start, x=start.x[:, 1:]))
-    with pytest.raises(ValueError, match='interior-point method has no gradient'):
-        RealtimeSolver(p, K).solve_batch(instances(p, requires_grad=True))
 
 
 def test_without_a_compiler_the_torch_solver_serves_batch_and_gradient(monkeypatch):

@@ -7,7 +7,10 @@
 
      -v' (d^2L/dtau dtheta) dtheta - y' (dk/dtheta) dtheta          theta: the fields of problem.Instances
 
-   The factorisation is made anew in the backward pass: it costs less than to write it down and read it again. */
+   The factorisation is made anew in the backward pass: it costs less than to write it down and read it again.
+
+   A solution of the interior point has multipliers of rows that are not active, too, small ones: those below the row's
+   slack. A soft row has given way where its multiplier is nearer to rho than that. Its D is always 0. */
 
 /* Filled by batch.py (class _Batch), same order. C-contiguous; the first dimension is the sample. */
 typedef struct {
@@ -45,12 +48,15 @@ static void no_solution(Exchange *e) {
 
 /* v (w->d) and y (w->ynew) for the right-hand side -g in w->b.z, at the point w->a with multipliers w->lam, w->y.
    0 where the matrix is not that of a minimum. */
-static int implicit_step(Work *w, const Exchange *e, int converged, double mu, int exact) {
+static int implicit_step(Work *w, const Exchange *e, int interior_point, int converged, double mu, int exact) {
+  converged = converged || interior_point;
+  const vec zero = all(0);
   const double stiff = converged && mu < 1e8 ? 1e8 : mu;   /* an active row holds as an equation to first order */
   rho_rows(w, e->elastic, INFINITY);
   EACH(t, w->T + 1) for (int r = 0; r < rows_of(w, t); r += LANES) {
-    const vec lam = load(w->lam + (long)t * w->rows + r);
-    store(w->w + (long)t * w->rows + r, (vec)((mask)all(stiff) & (lam > all(0)) & (lam < load(w->rho_row + r))));
+    const long at = (long)t * w->rows + r;
+    const vec lam = load(w->lam + at), g = interior_point ? load(w->a.g + at) : zero;
+    store(w->w + at, (vec)((mask)all(stiff) & (lam > vmax(-g, zero)) & (load(w->rho_row + r) - lam > vmax(g, zero))));
   }
   memset(w->cc, 0, sizeof(row) * (w->T + 1));
   /* a saddle has no derivative of its minimiser; Gauss-Newton's matrix still gives a descent direction */
@@ -64,9 +70,9 @@ static int implicit_step(Work *w, const Exchange *e, int converged, double mu, i
 }
 
 /* Whether the KKT matrix at the solution that `w` has just found can be factored. */
-static int has_gradient(Work *w, const Exchange *e, int exact) {
+static int has_gradient(Work *w, const Exchange *e, int interior_point, int exact) {
   memset(w->b.z, 0, sizeof(row) * (w->T + 1));
-  if (!implicit_step(w, e, e->status == CONVERGED, *e->mu, exact)) return 0;
+  if (!implicit_step(w, e, interior_point, e->status == CONVERGED, *e->mu, exact)) return 0;
   vec total = {0};
   EACH(t, w->T + 1) EACH(v, ZV) total += 0.0 * (w->d[t].v[v] + w->ynew[t].v[v]);
   return sum(total) == 0.0;
@@ -85,7 +91,7 @@ void solve_batch(void *work, const Exchange *e, const Batch *b, long first, long
     b->status[i] = one.status; b->steps[i] = one.steps;
     b->defect[i] = one.defect; b->violation[i] = one.violation;
     b->decrement[i] = one.decrement; b->cost[i] = one.cost;
-    if (b->ok) b->ok[i] = one.status != NOT_FINITE && has_gradient(work, &one, b->exact);
+    if (b->ok) b->ok[i] = one.status != NOT_FINITE && has_gradient(work, &one, b->interior_point, b->exact);
   }
 }
 
@@ -145,7 +151,7 @@ void pull_back(void *work, const Exchange *e, const Batch *b, long first, long l
       EACH(i, N) lanes(&w->b.z[t])[i] = -b->by_x[(s * (T + 1) + t) * N + i];
       if (t < T) EACH(j, M) lanes(&w->b.z[t])[N + j] = -b->by_u[(s * T + t) * M + j];
     }
-    if (!implicit_step(w, &one, b->status[s] == CONVERGED, *one.mu, b->exact)) continue;
+    if (!implicit_step(w, &one, b->interior_point, b->status[s] == CONVERGED, *one.mu, b->exact)) continue;
     pull_back_tracking(w, b, s);
     if (b->by_centers || b->by_radii) pull_back_spheres(w, b, s);
   }

@@ -47,7 +47,7 @@ class BatchSolver:
     def __init__(self, library: ctypes.CDLL, exchange: ctypes.Structure, arrays: dict[str, np.ndarray], settings):
         self._library, self._exchange, self._arrays = library, exchange, arrays
         self._interior_point = not isinstance(settings, al.Settings)
-        self._exact = not self._interior_point and settings.exact_gradient
+        self._exact = self._interior_point or settings.exact_gradient
         self._works: list[int] = []  # working memory, one a thread
         for name in ('solve_batch', 'pull_back'):
             function = getattr(library, name)
@@ -66,9 +66,6 @@ class BatchSolver:
         if K > self._exchange.K_max:
             raise ValueError(f'{K} spheres, expected at most spheres_max = {self._exchange.K_max}')
         wanted = torch.is_grad_enabled() and any(v.requires_grad for v in data.tensors())
-        if wanted and self._interior_point:
-            raise ValueError('the interior-point method has no gradient; expected augmented_lagrangian.Settings, or '
-                             'torch.no_grad()')
         plain = {name: v.detach().contiguous() for name, v in zip(_INSTANCE, data.tensors(), strict=True)}
         found = {name: v.detach().clone(memory_format=torch.contiguous_format)
                  for name, v in zip(_RESULT, start.tensors(), strict=True)}
@@ -120,7 +117,7 @@ class _Gradient:
         by = {f'by_{name}': torch.zeros_like(self._plain[name])
               for name, asked in zip(_INSTANCE, wanted, strict=True) if asked}
         gx, gu = gx.contiguous(), gu.contiguous()
-        batch = _Batch(K=self._plain['radii'].shape[1], exact=solver._exact)
+        batch = _Batch(K=self._plain['radii'].shape[1], interior_point=solver._interior_point, exact=solver._exact)
         batch.point(**self._plain, **self._found, **by, status=self._status, ok=self.ok, by_x=gx, by_u=gu)
         solver._run(solver._library.pull_back, batch, len(gx))
         return tuple(by.get(f'by_{name}') for name in _INSTANCE)
