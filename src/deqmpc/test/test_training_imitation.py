@@ -11,9 +11,18 @@ import torch
 
 from deqmpc import datasets, tasks
 from deqmpc.datasets import Demonstrations
+from deqmpc.networks.temporal import TemporalNetwork
 from deqmpc.policies import model as model_folder
 from deqmpc.training import checkpoint, train
-from deqmpc.training.imitation import VARIANTS, Settings, Streaming, Trainer, build_model, state_scale
+from deqmpc.training.imitation import (
+    VARIANTS,
+    Settings,
+    Streaming,
+    Trainer,
+    begin_with,
+    build_model,
+    state_scale,
+)
 
 TASK = tasks.make('quadrotor')
 
@@ -143,6 +152,67 @@ def test_two_halves_of_a_batch_average_to_the_gradient_of_the_whole():
         t.step(share, lambda parameters, kept=kept: kept.extend(p.grad.flatten().clone() for p in parameters))
         found.append(torch.cat(kept))
     assert torch.allclose(0.5 * (found[0] + found[1]), found[2], rtol=1e-3, atol=1e-3 * found[2].abs().max())
+
+
+def test_windows_go_on_where_the_policy_leads_if_asked_and_else_at_the_experts_states():
+    t = trainer()
+    w = t.windows(np.array([0, 1]), np.array([0, 3]))
+    made = list(Streaming(t.model, TASK, w, 2, torch.tensor([True, False])))
+    for s in (1, 2):
+        led = TASK.step(made[s - 1][0].x[-1][:, 0].detach(), made[s - 1][0].u[-1][:, 0].detach())
+        start = made[s][0].x[-1][:, 0]
+        assert torch.allclose(start[0], led[0], atol=1e-3) and torch.allclose(start[1], w.x[1, s], atol=1e-3)
+        assert (start[0] - w.x[0, s]).abs().max() > 1e-2  # an untrained policy leaves the expert
+        assert torch.equal(made[s][1], w.x[:, s:s + 6])  # what is tracked stays the expert's
+
+
+def test_noise_moves_first_states_by_its_share_of_their_scale_and_nothing_else():
+    t = trainer(batch=400, noise=0.1)
+    w = t.windows(*t.draw(t.train, 400, t.generator))
+    disturbed, own = t._disturbed(w, slice(None))
+    moved = (disturbed.x[:, 0] - w.x[:, 0]) / t.model.network.scale
+    assert torch.allclose(moved.std(dim=0), torch.full((12,), 0.1).double(), rtol=0.2)
+    assert torch.equal(disturbed.x[:, 1:], w.x[:, 1:]) and own is None
+
+
+def test_early_windows_are_nearer_to_the_beginning_and_end_within_their_trajectory():
+    plain, early = trainer(batch=500), trainer(batch=500, early=3.0)
+    _, first = plain.draw(plain.train, 500, plain.generator)
+    which, earlier = early._draw_early()
+    assert earlier.mean() < 0.7 * first.mean()
+    assert (earlier + early.length <= early.demonstrations.lengths[which]).all()
+
+
+def test_an_untrained_encoder_takes_the_goal_for_zero():
+    task = tasks.make('qpole')
+    torch.manual_seed(0)
+    network = build_model(task, 'deq_mpc_nn', 16, (2.0,) * 14).network
+    torch.manual_seed(0)
+    plain = TemporalNetwork(network.settings)
+    at_goal = network.node.linear((task.goal.float() + 0.3) / network.scale)
+    assert torch.allclose(at_goal, plain.node.linear(torch.full((14,), 0.15)), atol=1e-6)
+
+
+def test_a_training_may_begin_with_a_model_that_knew_no_spheres_and_then_answers_as_it_did():
+    torch.manual_seed(0)
+    old = build_model(tasks.make('qpole'), 'deq_mpc_deq', 16)
+    task = tasks.make('qpole_obs')
+    model = build_model(task, 'deq_mpc_deq', 16)
+    begin_with(model, old.network, 'old')
+    x, spheres = task.sample(3, torch.Generator().manual_seed(0))
+    tau = x.unsqueeze(1).expand(-1, 6, -1)
+    with torch.no_grad():
+        ours = model.network(x, tau, spheres.ahead(torch.zeros(6)), spheres.radii).theta
+        assert torch.allclose(ours, old.network(x, tau).theta, atol=1e-5)
+    with pytest.raises(ValueError, match='other: its network has'):
+        begin_with(build_model(task, 'deq_mpc_nn', 16), old.network, 'other')
+    with pytest.raises(ValueError, match='spheres'):
+        begin_with(old, model.network, 'other')
+
+
+def test_a_network_alone_cannot_go_on_where_it_leads():
+    with pytest.raises(ValueError, match='own_states = 0.5; expected 0'):
+        trainer('nn', own_states=0.5)
 
 
 def test_the_learning_rate_falls_from_its_start_to_the_share_that_is_left():

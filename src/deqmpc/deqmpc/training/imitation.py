@@ -9,6 +9,16 @@ over the iterates i of every plan. Iterates that are not finite or have no gradi
 expert's episode ended by success, the knots beyond its end are left out of the sums: nothing says what comes next. The
 gradient is clipped to a norm; a step whose gradient is not finite changes nothing and is counted.
 
+In closed loop a policy leaves the expert's states, and what it learned there does not tell it the way back. Two
+settings, off as in the paper, bring such states into the windows; what is to be tracked stays the expert's trajectory:
+
+  noise       the first state is x_0 + noise * RMS of every state * a standard normal number
+  own_states  this share of the windows goes on, after a plan from x_s, at phi(x_s, u_s) with the plan's first input:
+              where the policy itself leads (as in DAgger, Ross et al. 2011, but without asking the expert again)
+
+A state that has failed (inside a sphere, not finite) is replaced by the expert's. Experts rest at the goal for most of
+an episode; `early` > 1 draws windows nearer to their trajectories' beginnings, at the share v^early, v uniform.
+
 The validation error is the mean of |x^N - x_{s..s+T}|_1 of the last iterates over random windows of the
 validation trajectories: of the cold plan (s = 0), and of the streamed ones (s = 1..L).
 """
@@ -17,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -48,6 +58,9 @@ class Settings:
     decay: float = 0.05  # share of it that is left at the end (cosine); 1: constant
     clip_norm: float = 2.0  # largest norm of a gradient
     network_share: float = 0.1  # weight of the network's own error in the loss
+    noise: float = 0.0  # standard deviation of the windows' first states, as a share of every state's RMS
+    own_states: float = 0.0  # share of the windows that go on where the policy leads, see the top of the file
+    early: float = 1.0  # power by which windows are nearer to the beginning of their trajectory, see there
     seed: int = 0  # of weights, batches and the split
     split_seed: int = 0  # which trajectories validate
 
@@ -58,9 +71,12 @@ class Settings:
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected an integer >= 1')
         if not isinstance(self.streaming, int) or self.streaming < 0:
             raise ValueError(f'streaming = {self.streaming!r}; expected an integer >= 0')
-        for name in ('learning_rate', 'decay', 'clip_norm'):
+        for name in ('learning_rate', 'decay', 'clip_norm', 'early'):
             if not 0.0 < getattr(self, name) < float('inf'):
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number > 0')
+        if not 0.0 <= self.noise < float('inf') or not 0.0 <= self.own_states <= 1.0:
+            raise ValueError(f'noise = {self.noise!r}, own_states = {self.own_states!r}; expected a number >= 0 and a '
+                             f'share between 0 and 1')
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0..steps-1."""
@@ -68,26 +84,51 @@ class Settings:
             1.0 + math.cos(math.pi * step / self.steps)))
 
 
+def begin_with(model: nn.Module, given: TemporalNetwork, where: str) -> None:
+    """Begin with the weights of a trained network of the same kind and size, which may have been without spheres: what
+    encodes them then starts as if there were none. ValueError, naming `where` it is from, for another network."""
+    own, s, theirs = model.network, model.network.settings, given.settings
+    if replace(theirs, spheres=s.spheres, spatial=s.spatial) != s or theirs.spheres > s.spheres:
+        raise ValueError(f'{where}: its network has {theirs}; expected {s}, with or without spheres')
+    missing, _ = own.load_state_dict(given.state_dict(), strict=False)
+    with torch.no_grad():
+        for name in missing:
+            if name.startswith('sphere_out'):
+                own.get_parameter(name).zero_()
+
+
 def build_model(task: Task, variant: str, hidden: int, scale: tuple[float, ...] = (), motion: bool = False,
-                **method) -> nn.Module:
+                output: str = 'velocity', **method) -> nn.Module:
     """An untrained model: `variant` of VARIANTS, `hidden` channels, states divided by `scale`, with a network for the
-    spheres' `motion` or without; `method` changes the settings of DEQ-MPC. ValueError names what cannot be used."""
+    spheres' `motion` or without, `output` as in deqmpc.networks.temporal; `method` changes the settings of DEQ-MPC.
+    ValueError names what cannot be used."""
     if variant not in VARIANTS:
         raise ValueError(f'policy {variant!r}; expected one of {", ".join(VARIANTS)}')
     how, kind = VARIANTS[variant]
-    network = TemporalNetwork(task.network(kind, hidden, state_scale=tuple(scale)))
+    network = TemporalNetwork(task.network(kind, hidden, state_scale=tuple(scale), output=output))
+    _center(network, task)
     predictor = ObstacleMotion(settings_for(network.settings)) if motion else None
     if how is None:
         return NetworkOnly(task.problem(), network, predictor)
     return DeqMpc(task.problem(), network, Method(**{'method': how, 'softness': task.softness, **method}), predictor)
 
 
+@torch.no_grad()
+def _center(network: TemporalNetwork, task: Task) -> None:
+    """Begin with encoders to which the goal is zero, where that is not the zero state: a pole's angle differs from
+    upright by less than from hanging."""
+    goal = task.goal.to(network.scale) / network.scale
+    for encoder in (network.node, network.start):
+        encoder.linear.bias -= encoder.linear.weight @ goal
+
+
 def state_scale(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray) -> tuple[float, ...]:
-    """Root mean square of every state, to three digits: what a network's inputs are divided by."""
+    """Root mean square of every state's distance from the goal, to three digits: what a network's inputs are divided
+    by."""
     every = np.repeat(trajectories, demonstrations.lengths[trajectories])
     first = np.concatenate([np.arange(length) for length in demonstrations.lengths[trajectories]])
     x = datasets.windows(demonstrations, task, every, first, 1).x
-    rms = x.square().mean(dim=(0, 1)).sqrt().clamp_min(1e-2)
+    rms = (x - task.goal).square().mean(dim=(0, 1)).sqrt().clamp_min(1e-2)
     return tuple(float(f'{v:.3g}') for v in rms.tolist())
 
 
@@ -103,23 +144,36 @@ def parts(demonstrations: Demonstrations, settings: Settings, count: int = 0) ->
 
 
 class Streaming:
-    """Plans along windows: cold at the first state, warm-started at the L that follow."""
+    """Plans along windows: cold at the first state, warm-started at the L that follow. These are the expert's, or where
+    the plan before leads, for the windows `own` (B,) bool."""
 
-    def __init__(self, model: nn.Module, task: Task, windows: Windows, streaming: int):
-        self.model, self.task, self.windows, self.streaming = model, task, windows, streaming
+    def __init__(self, model: nn.Module, task: Task, windows: Windows, streaming: int, own: Tensor | None = None):
+        self.model, self.task, self.windows, self.streaming, self.own = model, task, windows, streaming, own
 
     def __iter__(self) -> Iterator[tuple[Iterates, Tensor, Tensor]]:
         """The plan at every state, the expert's states at its knots (NaN where not known), and where the spheres
         were."""
-        w, T, warm = self.windows, self.task.horizon, None
+        w, T, warm, x = self.windows, self.task.horizon, None, self.windows.x[:, 0]
         u_ref = self.task.u_ref.to(w.x).expand(len(w.x), T, -1)
         expert = torch.where(w.known.unsqueeze(2), w.x, float('nan'))
         for s in range(1 + self.streaming):
             seen = w.spheres(s)
-            made = self.model(w.x[:, s], u_ref, seen.centers, seen.inflated(self.task.margin), warm_start=warm,
+            made = self.model(x, u_ref, seen.centers, seen.inflated(self.task.margin), warm_start=warm,
                               velocity=seen.velocity)
             warm = None if made.warm_start is None else made.warm_start.shifted()
             yield made, expert[:, s:s + T + 1], w.centers[:, s:s + T + 1]
+            if s < self.streaming:
+                x = self._following(x, made, s + 1)
+
+    @torch.no_grad()
+    def _following(self, x: Tensor, made: Iterates, s: int) -> Tensor:
+        """State s of every window."""
+        expert = self.windows.x[:, s]
+        if self.own is None:
+            return expert
+        led = self.task.step(x, made.u[-1][:, 0])
+        going = self.own & ~self.task.failed(led, self.windows.spheres(s))
+        return torch.where(going.unsqueeze(1), led, expert)
 
 
 @dataclass
@@ -151,6 +205,9 @@ class Trainer:
 
     def __init__(self, task: Task, model: nn.Module, demonstrations: Demonstrations, settings: Settings = Settings(),
                  device: str = 'cpu', trajectories: int = 0):
+        if settings.own_states and isinstance(model, NetworkOnly):
+            raise ValueError(f'own_states = {settings.own_states}; expected 0 for a network alone, whose plans have no '
+                             f'inputs')
         self.task, self.model, self.demonstrations, self.settings = task, model, demonstrations, settings
         self.device = torch.device(device)
         model.to(self.device)
@@ -170,18 +227,41 @@ class Trainer:
         inside = self.length if self.demonstrations.moving else 1 + self.settings.streaming if self.task.hold else 1
         return datasets.draw(self.demonstrations, trajectories, count, generator, inside)
 
+    def _draw_early(self) -> tuple[np.ndarray, np.ndarray]:
+        """As `draw`, of the batch's size, the first states by `early`. Only where episodes end by success do windows
+        leave their trajectory: others may be cut off before they rest."""
+        s = self.settings
+        which, _ = self.draw(self.train, s.batch, self.generator)
+        inside = 1 + s.streaming if self.task.hold else self.length
+        usable = np.maximum(self.demonstrations.lengths[which] - inside + 1, 1)
+        share = torch.rand(s.batch, generator=self.generator, dtype=torch.float64).numpy() ** s.early
+        return which, (usable * share).astype(np.int64)
+
     def windows(self, trajectories: np.ndarray, first: np.ndarray) -> Windows:
         """Windows of the training's length, on its device."""
         w = datasets.windows(self.demonstrations, self.task, trajectories, first, self.length)
         return Windows(*(v.to(self.device) for v in (w.x, w.centers, w.velocity, w.radii, w.known)))
 
+    def _disturbed(self, w: Windows, share: slice) -> tuple[Windows, Tensor | None]:
+        """The windows with noise on their first states, and which of them go on where the policy leads."""
+        s, own = self.settings, None
+        if s.noise:
+            normal = torch.randn(s.batch, w.x.shape[2], generator=self.generator, dtype=w.x.dtype)[share].to(w.x)
+            first = w.x[:, 0] + s.noise * self.model.network.scale.to(w.x) * normal
+            failed = self.task.failed(first, w.spheres(0)).unsqueeze(1)
+            w = replace(w, x=torch.cat([torch.where(failed, w.x[:, 0], first).unsqueeze(1), w.x[:, 1:]], dim=1))
+        if s.own_states:
+            own = (torch.rand(s.batch, generator=self.generator)[share] < s.own_states).to(self.device)
+        return w, own
+
     def step(self, share: slice = slice(None), average=None) -> Report:
         """One step. `share` is this process's part of the batch and `average` what makes gradients equal across
         processes, where there are several."""
         s = self.settings
-        w = self.windows(*(v[share] for v in self.draw(self.train, s.batch, self.generator)))
+        drawn = self.draw(self.train, s.batch, self.generator) if s.early == 1.0 else self._draw_early()
+        w, own = self._disturbed(self.windows(*(v[share] for v in drawn)), share)
         report, loss = Report(), 0.0
-        for made, target, centers in Streaming(self.model, self.task, w, s.streaming):
+        for made, target, centers in Streaming(self.model, self.task, w, s.streaming, own):
             part, left_out = imitation_loss(made, target, s.network_share, centers)
             loss = loss + part
             report.left_out += left_out

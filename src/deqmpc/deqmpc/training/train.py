@@ -25,11 +25,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from deqmpc import datasets, tasks
+from deqmpc.networks.temporal import OUTPUTS
 from deqmpc.policies import model as model_folder
 from deqmpc.policies.deq_mpc import DeqMpc, Iterates
 from deqmpc.provenance import commit
 from deqmpc.training import checkpoint
-from deqmpc.training.imitation import VARIANTS, Report, Settings, Trainer, build_model, parts, state_scale
+from deqmpc.training.imitation import VARIANTS, Report, Settings, Trainer, begin_with, build_model, parts, state_scale
 
 _COLUMNS = ('step', 'loss', 'cold', 'streamed', 'gradient_norm', 'learning_rate', 'valid_cold', 'valid_streamed',
             'left_out', 'skipped', *Iterates().counts(), 'cpu_s')
@@ -58,9 +59,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--demonstrations', type=Path, help='default: runs/experts/TASK.npz')
     p.add_argument('--trajectories', type=int, default=0,
                    help='train on so many of them only (0: all but those that validate, which stay the same)')
+    p.add_argument('--init', type=Path, metavar='MODEL', help='begin with the weights of this model folder')
     p.add_argument('--hidden', type=int, default=128, help='channels of the network')
+    p.add_argument('--output', choices=OUTPUTS, default='velocity',
+                   help='velocities are predicted absolutely (velocity, default) or as changes (delta)')
     for field, kind in (('steps', int), ('batch', int), ('streaming', int), ('learning_rate', float),
-                        ('decay', float), ('clip_norm', float), ('seed', int), ('split_seed', int)):
+                        ('decay', float), ('clip_norm', float), ('noise', float), ('own_states', float),
+                        ('early', float), ('seed', int), ('split_seed', int)):
         default = getattr(Settings, field)
         p.add_argument(f'--{field.replace("_", "-")}', type=kind, default=default, help=f'default {default}')
     p.add_argument('--motion', action='store_true', help="predict the spheres' motion by a second network")
@@ -99,11 +104,17 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
              'trajectories': a.trajectories or len(demonstrations.lengths), 'demonstrations_sha256': digest,
              'method': a.method, 'motion': a.motion,
              'bfloat16': a.bfloat16,
-             **({'change': a.change} if a.change else {}), **dataclasses.asdict(settings)}
+             **({'change': a.change} if a.change else {}),
+             **({'output': a.output} if a.output != 'velocity' else {}), **_origin(a.init),
+             **dataclasses.asdict(settings)}
     torch.manual_seed(settings.seed)
     train, _ = parts(demonstrations, settings, a.trajectories)
-    model = build_model(task, a.policy, a.hidden, state_scale(demonstrations, task, train), a.motion,
+    given = model_folder.load(a.init).network if a.init else None
+    scale = given.settings.state_scale if given else state_scale(demonstrations, task, train)
+    model = build_model(task, a.policy, a.hidden, scale, a.motion, a.output,
                         **_numbers(a.method, '--method'))
+    if given:
+        begin_with(model, given, str(a.init))
     model.network.bfloat16 = a.bfloat16
     trainer = Trainer(task, model, demonstrations, settings, device, a.trajectories)
     folder = a.out or Path('runs/train') / a.task / f'{a.policy}-h{a.hidden}-s{a.seed}'
@@ -196,6 +207,15 @@ class _Metrics:
             for name, value in row.items():
                 if value != '':
                     self.board.add_scalar(name, value, trainer.done)
+
+
+def _origin(folder: Path | None) -> dict[str, dict[str, str]]:
+    """What a card says of the model that a training began with: its command, commit and weights."""
+    if folder is None:
+        return {}
+    card = model_folder.load(folder).card
+    digest = hashlib.sha256((folder / model_folder.WEIGHTS).read_bytes()).hexdigest()
+    return {'init': {**{k: card.get(k, '') for k in ('command', 'commit')}, 'weights_sha256': digest}}
 
 
 def _numbers(given: list[str], option: str) -> dict[str, float | int | bool]:
