@@ -1,7 +1,8 @@
 """Raibert's hopper in the plane: a body, a leg that turns with it and changes its length, a foot.
 
 Coordinates q (4): body x, z (m), angle a (rad, 0 upright), leg length r (m). Inputs u (2): moment impulse on the body
-(N m s), force impulse along the leg (N s), applied as (-u2 sin a, u2 cos a, u1, u2) at the midpoint's angle.
+(N m s), force impulse along the leg (N s), applied as (-u2 sin a, u2 cos a, u1, u2) at the midpoint's angle, as in the
+published code. That is 2 u2 on the body and -u2 on the foot, hence u2 from outside; a leg alone is (0, 0, u1, u2).
 
   foot = (x + r sin a, z - r cos a)
   L = m_b/2 (x'^2 + z'^2) + I_b/2 a'^2 - m_b g z + m_f/2 |foot'|^2 - m_f g foot_z
