@@ -71,7 +71,8 @@ class Memory:
 
 class MpcOnlyPlanner:
     """The policy `mpc_only` with the task's dt, horizon, margin and floor, in the goal's frame; `changes` replace its
-    settings. ValueError where the task's dynamics are not the Crazyflie's."""
+    settings. Where its airframe is another one than the task's, the drone gets the thrusts (N) that it plans.
+    ValueError where the task's dynamics are not the Crazyflie's."""
 
     def __init__(self, task: Task, **changes):
         if not isinstance(task.equations, Crazyflie):
@@ -80,6 +81,7 @@ class MpcOnlyPlanner:
         given = dict(goal=(0.0,) * 4, dt=task.dt, horizon=task.horizon, margin=task.margin, floor=task.floor)
         self.task, self.policy = task, MpcOnly(MpcOnlySettings(**{**given, **changes}))
         self.times = task.dt * torch.arange(self.policy.horizon + 1, dtype=torch.float64)
+        self.thrust = self.policy.problem.equations.airframe.hover_thrust / task.equations.airframe.hover_thrust
 
     @torch.no_grad()
     def plan(self, x: Tensor, spheres: Spheres, memory: Flights | None = None) -> Planned:
@@ -99,7 +101,8 @@ class MpcOnlyPlanner:
         ok = torch.isfinite(planned).flatten(1).all(dim=1)
         data = self.policy.problem.instances(x, planned, u, spheres.ahead(self.times), spheres.radii)
         violation = largest_violation(self.policy.problem, data, planned, u, ok)
-        return Planned(torch.where(ok.unsqueeze(1), u[:, 0], self.task.u_ref), planned, ok, violation, defect,
+        first = torch.where(ok.unsqueeze(1), self.thrust * u[:, 0], self.task.u_ref)
+        return Planned(first, planned, ok, violation, defect,
                        Flights(stamp, tuple(starts)))
 
 

@@ -133,7 +133,7 @@ class MpcOnly:
         centers = obstacles.position + ahead[:, None, None] * obstacles.velocity  # (T+1, K, 3)
         centers = centers @ self._turn.T
         radii = obstacles.radius + self.settings.margin
-        x_ref = self._reference(x_init, yaw, centers, radii)
+        x_ref = self.reference(x_init, yaw, centers, radii)
 
         hover = np.ones((self.horizon, 4))
         solution = self._solver.solve(x_init, x_ref, hover, centers, radii,
@@ -155,8 +155,9 @@ class MpcOnly:
         return np.concatenate([self._turn @ state.position, rotation.mrp_from_quaternion(q),
                                self._turn @ state.velocity, state.rates]), float(rotation.yaw(q))
 
-    def _reference(self, x, yaw, centers, radii) -> np.ndarray:
-        """(T+1, 12): from the drone towards the goal, around what stands in the way."""
+    def reference(self, x: np.ndarray, yaw: float, centers: np.ndarray, radii: np.ndarray) -> np.ndarray:
+        """(T+1, 12) what is tracked from x (12,) with that yaw: towards the goal, around the spheres that stand in the
+        way, centers (T+1, K, 3) and radii (K,) with the margin. All in the turned frame."""
         s = self.settings
         to_goal = self._goal - x[:3]
         distance = float(np.linalg.norm(to_goal))
