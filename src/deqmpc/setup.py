@@ -27,6 +27,7 @@ setup(
             'experts = deqmpc.experts:main',
             'reproduce = deqmpc.reproduce:main',
             'train = deqmpc.training.train:main',
+            'tune = deqmpc.training.tune:main',
         ],
     },
     zip_safe=True,
