@@ -30,6 +30,9 @@ setup(
             'recover = flight_log.evaluate:recover_main',
             'view = flight_log.view:main',
         ],
+        'deqmpc.recordings': [
+            'bag = flight_log.episodes:read',
+        ],
     },
     zip_safe=True,
 )

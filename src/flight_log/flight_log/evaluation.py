@@ -100,7 +100,8 @@ def following(status: list[FlightStatus]) -> tuple[float, float, FlightStatus | 
     return status[begin].t, (after or status[-1]).t, after
 
 
-def _goal(flight: Flight, settings: EvaluationSettings, notes: list[str]) -> np.ndarray:
+def goal_of(flight: Flight, settings: EvaluationSettings, notes: list[str]) -> np.ndarray:
+    """(3,) m, world: the settings', else the bag's, else (0, 0, 1), with a note where the bag's cannot be read."""
     if settings.goal is not None:
         return np.array(settings.goal, dtype=float)
     if 'goal' in flight.metadata:
@@ -163,7 +164,7 @@ def find_failure(states: States, distance: np.ndarray, sphere: np.ndarray, statu
 def evaluate(flight: Flight, settings: EvaluationSettings = EvaluationSettings()) -> Evaluation:
     """Judge one flight. A bag whose status never shows a phase beyond `disarmed` is judged open loop."""
     notes = list(flight.notes)
-    goal = _goal(flight, settings, notes)
+    goal = goal_of(flight, settings, notes)
     if flight.torn:
         notes.append('torn recording, read up to the tear; `deqmpc recover BAG` writes a whole copy')
     result = Evaluation(bag=str(flight.path), robot=flight.robot, mode='trial', torn=flight.torn,
