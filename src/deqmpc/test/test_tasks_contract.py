@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deqmpc import datasets, tasks
+from deqmpc.baselines import GoalPlanner
 from deqmpc.tasks import Spheres
 from deqmpc.tasks.quadrotor_pole import PAPER
 
@@ -150,3 +151,14 @@ def test_a_tumbling_quadrotor_is_led_by_its_velocity_in_the_world():
     spheres = task.move(Spheres(far, 0.0 * far, far.new_ones(1, 1)), x)
     way = torch.tensor([0.0, -4.0, 2.0], dtype=torch.float64)  # to 20 steps of 2 m/s above the origin
     assert torch.allclose(spheres.velocity[0, 0], way / way.norm(), atol=1e-12)
+
+
+@pytest.mark.parametrize('name', ['qpole_obs', 'crazyflie_obs'])
+def test_a_plan_from_a_state_that_cannot_keep_clear_of_a_sphere_still_obeys_the_dynamics(name):
+    task = tasks.make(name, spheres=1)
+    x = task.goal.expand(8, -1).clone()
+    x[:, 0] = torch.linspace(-1.2, -0.8, 8)
+    x[:, task.positions if name == 'qpole_obs' else 6] = 6.0  # m/s towards a sphere that is nearer than five knots
+    spheres = Spheres(torch.zeros(8, 1, 3).double(), torch.zeros(8, 1, 3).double(), torch.full((8, 1), 0.5).double())
+    made = GoalPlanner(task).plan(x, spheres)
+    assert made.violation.max() > 1e-2 and made.defect.max() < 1e-3

@@ -127,8 +127,7 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
         return folder / 'model'
     found = found or trainer.validate(a.windows)
     card = {**about, 'command': 'deqmpc train ' + shlex.join(_without_out(argv)), 'commit': commit(),
-            'demonstrations': {'path': path.name, **{k: v for k, v in demonstrations.about.items()
-                                                     if not isinstance(v, list)}},
+            'demonstrations': {'path': path.name, **{k: v for k, v in demonstrations.about.items() if k != 'failures'}},
             'validation': {'windows': a.windows, 'cold': round(found.cold, 4), 'streamed': round(found.streamed, 4)}}
     method = {} if not isinstance(model, DeqMpc) else dataclasses.asdict(model.settings)
     model_folder.save(folder / 'model', model_folder.Model(model.network, method, task.flight_problem, card,
