@@ -40,13 +40,13 @@ from deqmpc.dynamics.optimization_based.cartpole import CartPole
 from deqmpc.dynamics.optimization_based.hopper import Hopper
 from deqmpc.dynamics.optimization_based.layer import OptimizationBasedDynamics
 from deqmpc.dynamics.optimization_based.planar_push import PlanarPush
-from deqmpc.dynamics.optimization_based.projection import ProjectedInputs, Projection, ThrustCone
+from deqmpc.dynamics.optimization_based.projection import ConeProjection, ProjectedInputs, ThrustCone
 from deqmpc.dynamics.optimization_based.rocket import Rocket
 from deqmpc.problem import Instances, Problem
 from deqmpc.provenance import commit
 from deqmpc.reproduce import Check, Column, Plan, Results
 from deqmpc.solvers import cone_program, ilqr
-from deqmpc.solvers.interior_point import Function
+from deqmpc.solvers.interior_point import Constraint, Function
 
 X_LABEL = 'row'
 SEEDS = {'smoke': 1, 'small': 1, 'medium': 3, 'full': 5}
@@ -172,14 +172,44 @@ class Case:
     data: Instances
     u: Tensor  # (1, T, m)
     settings: ilqr.Settings
-    constraints: tuple[Function, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
     offset: float = 0.0  # of the paper's objective from the problem's
     applied: Callable[[Tensor], Tensor] = lambda u: u  # the inputs that act
 
 
-def reaching(indices: list[int]) -> Function:
-    """These states are the reference's at the end."""
-    return Function(lambda x, u, r: x[indices] - r[indices], equality=True, terminal=True)
+@dataclass(frozen=True)
+class Terminal:
+    """Rows G x_T - H r_T - offset, = 0 or <= 0: a constraint of deqmpc.solvers.interior_point."""
+
+    G: Tensor  # (c, n)
+    H: Tensor  # (c, n)
+    offset: Tensor  # (c,)
+    equality: bool = True
+    terminal: bool = True
+
+    def value(self, x: Tensor, u: Tensor, r: Tensor) -> Tensor:
+        """(..., P, c)."""
+        return x @ self.G.T - r @ self.H.T - self.offset
+
+    def jacobian(self, x: Tensor, u: Tensor, r: Tensor) -> Tensor:
+        """(B, P, c, n+m)."""
+        return torch.cat([self.G, self.G.new_zeros(len(self.G), u.shape[-1])], dim=1).expand(*x.shape[:2], -1, -1)
+
+    def curvature(self, x: Tensor, u: Tensor, r: Tensor, v: Tensor) -> Tensor:
+        """None."""
+        size = x.shape[-1] + u.shape[-1]
+        return x.new_zeros(*x.shape[:2], size, size)
+
+
+def picked(n: int, indices: list[int]) -> Tensor:
+    """The rows of the identity (n, n) with these indices."""
+    return torch.eye(n, dtype=torch.float64)[indices]
+
+
+def reaching(n: int, indices: list[int]) -> Terminal:
+    """These of n states are the reference's at the end."""
+    G = picked(n, indices)
+    return Terminal(G, G, G.new_zeros(len(G)))
 
 
 def instance(problem: Problem, start, goal) -> Instances:
@@ -202,7 +232,7 @@ def acrobot(variant: str, elbow: str, size: Size, seed: int) -> Case:
     problem = Problem(dynamics, system.h, min(100, size.horizon), [0.0] * 4 + [0.1] * 2, [1.0], position=(0,))
     data = instance(problem, [0.0] * 6, [math.pi, 0.0, math.pi, 0.0, 0.0, 0.0])
     settings = ilqr.Settings(inner_steps=50, gradient=1e-5, change=1e-5, feasibility=1e-3, max_steps=size.steps)
-    return Case('acrobot', variant, elbow, problem, data, noise(problem, seed), settings, (reaching([0, 1, 2, 3]),))
+    return Case('acrobot', variant, elbow, problem, data, noise(problem, seed), settings, (reaching(6, [0, 1, 2, 3]),))
 
 
 def cart_pole(variant: str, friction: float, size: Size, seed: int) -> Case:
@@ -215,7 +245,7 @@ def cart_pole(variant: str, friction: float, size: Size, seed: int) -> Case:
     u = torch.zeros_like(data.u_ref)
     u[0, 0] = -1.5
     return Case('cart-pole', variant, friction, problem, data, u, ilqr.Settings(max_steps=size.steps),
-                (reaching([0, 1, 2, 3]),))
+                (reaching(4, [0, 1, 2, 3]),))
 
 
 def hopper(variant: str, gait: int, size: Size, seed: int) -> Case:
@@ -239,10 +269,12 @@ def hopper(variant: str, gait: int, size: Size, seed: int) -> Case:
         x = w[2:]
         at = foot(first)
         return z[-1] * torch.cat([x[:4] - first[:4], foot(x[:4]) - at, foot(x[4:]) - at])
-    same = [1, 2, 3, 5, 6, 7]
-    constraints = (Function(beginning, equality=True),
-                   Function(lambda z, w, _: z[same] - z[[n + i for i in same]], equality=True, terminal=True),
-                   Function(lambda z, w, _: 0.5 - (z[[0, 4]] - z[[n, n + 4]]), terminal=True))
+
+    def gained(indices):
+        return picked(problem.n, indices) - picked(problem.n, [n + i for i in indices])
+    ahead, same = gained([0, 4]), gained([1, 2, 3, 5, 6, 7])
+    constraints = (Function(beginning, equality=True), Terminal(same, 0.0 * same, same.new_zeros(6)),
+                   Terminal(-ahead, 0.0 * ahead, ahead.new_full((2,), -0.5), equality=False))
     offset = 0.5 * (1.0 - q) * float((W * (first - sought).square()).sum())  # the first knot's weight is 1, not q
     settings = ilqr.Settings(iterations=15, inner_steps=10, gradient=1e-3, change=1e-3, feasibility=1e-3,
                              max_steps=size.steps)
@@ -251,7 +283,7 @@ def hopper(variant: str, gait: int, size: Size, seed: int) -> Case:
 
 def rocket(variant: str, row: str, size: Size, seed: int) -> Case:
     """Turned on its side in 10 m, to rest at 1 m."""
-    system, projection = Rocket(), Projection(ThrustCone(highest=12.5))
+    system, projection = Rocket(), ConeProjection(ThrustCone(highest=12.5))
     dynamics = OptimizationBasedDynamics(system)
     limits = dict(u_low=[-1.0, -1.0, 0.0], u_high=[1.0, 1.0, 12.5]) if variant == 'bounds' else {}
     if variant == 'cone':
@@ -262,9 +294,9 @@ def rocket(variant: str, row: str, size: Size, seed: int) -> Case:
                       x_low=[-math.inf] * 2 + [1.0] + [-math.inf] * 9, **limits)
     data = instance(problem, [2.5, 2.5, 10.0, 0.16367, -0.39514, 0.16367, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0],
                     [0.0, 0.0, 1.0, 0.0, 0.0, math.tan(math.pi / 16), *[0.0] * 6])
-    pad = torch.tensor([0.5, 0.75], dtype=torch.float64)
-    constraints = (reaching([2, *range(3, 12)]),
-                   Function(lambda x, u, r: torch.cat([x[:2] - pad, -x[:2] - pad]), terminal=True))
+    pad, side = torch.tensor([0.5, 0.75, 0.5, 0.75], dtype=torch.float64), picked(12, [0, 1])
+    side = torch.cat([side, -side])
+    constraints = reaching(12, [2, *range(3, 12)]), Terminal(side, 0.0 * side, pad, equality=False)
     settings = ilqr.Settings(iterations=15, gamma=5.0, mu_max=1e5, change=1e-4, max_steps=size.steps)
     return Case('rocket', variant, row, problem, data, noise(problem, seed), settings, constraints,
                 applied=projection if variant == 'cone' else lambda u: u)
@@ -288,7 +320,7 @@ def push(variant: str, row: str, size: Size, seed: int) -> Case:
     if row == 'rotate':
         u[:, 4:9, 0] = 0.5
     settings = ilqr.Settings(iterations=10, inner_steps=10, change=1e-3, max_steps=size.steps)
-    return Case('push', variant, row, problem, data, u, settings, (reaching([0, 1, 2, 5, 6, 7]),))
+    return Case('push', variant, row, problem, data, u, settings, (reaching(15, [0, 1, 2, 5, 6, 7]),))
 
 
 BUILDERS = {'acrobot': (acrobot, ('free', 'stops'), ('published', 'consistent')),

@@ -1,6 +1,7 @@
 """Rocket and projected inputs: nearest allowed thrusts, order and invariants of the midpoint rule, a landing."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,11 +9,11 @@ import torch
 
 from deqmpc.dynamics.crazyflie import Crazyflie
 from deqmpc.dynamics.optimization_based.layer import OptimizationBasedDynamics
-from deqmpc.dynamics.optimization_based.projection import Interval, ProjectedInputs, Projection, ThrustCone
+from deqmpc.dynamics.optimization_based.projection import Box, ConeProjection, ProjectedInputs, ThrustCone
 from deqmpc.dynamics.optimization_based.rocket import Rocket
 from deqmpc.problem import Problem
 from deqmpc.solvers import ilqr
-from deqmpc.solvers.cone_program import Settings
+from deqmpc.solvers.cone_program import ConeSolver, Program, Settings
 
 EXACT = Settings(tolerance=1e-11)
 
@@ -41,7 +42,7 @@ def nearest_in_cone(u, slope, highest):
 @pytest.mark.parametrize('slope', [1.0, 0.4])
 def test_the_projected_thrust_is_the_nearest_one_in_the_cone_and_strictly_inside(slope):
     u = random(60, 3) * 8.0 + torch.tensor([0.0, 0.0, 6.0], dtype=torch.float64)
-    made = Projection(ThrustCone(slope=slope))(u)
+    made = ConeProjection(ThrustCone(slope=slope))(u)
     exact = torch.from_numpy(np.stack([nearest_in_cone(v, slope, 12.5) for v in u.numpy()]))
     error = (made - exact).norm(dim=1)
     assert error.max() <= 2.0 * math.sqrt(1e-4)  # half its square is at most the duality gap, mu a cone
@@ -49,19 +50,45 @@ def test_the_projected_thrust_is_the_nearest_one_in_the_cone_and_strictly_inside
     assert (made[:, :2].norm(dim=1) < slope * made[:, 2]).all() and (made[:, 2] < 12.5).all()
 
 
+@dataclass(frozen=True)
+class Interval(Program):
+    """min 1/2 (z_0 - theta)^2 with 1 - z_0 = z_1 >= 0 and z_0 + 1 = z_2 >= 0."""
+
+    variables = 3
+    parameters = 1
+    nonnegative = (1, 2)
+
+    def objective(self, z, theta):
+        return (z[0] - theta[0]) ** 2 / 2
+
+    def constraints(self, z, theta):
+        return [z[0] + z[1] - 1, z[0] - z[2] + 1]
+
+
+@pytest.mark.parametrize('mu', [1e-1, 1e-3])
+def test_the_closed_form_of_a_box_is_the_central_path_of_its_program(mu):
+    u = torch.tensor([-40.0, -3.0, -1.02, -0.4, 0.0, 0.7, 1.0, 1.9, 2.1, 6.0, 300.0], dtype=torch.float64)
+    path = ConeSolver(Interval(), EXACT).solve(u.unsqueeze(1), (mu,))
+    assert path.converged.all()
+    assert (Box(-1.0, 1.0, mu)(u) - path.at(mu)[:, 0]).abs().max() < 1e-10
+
+
 def test_a_projected_input_is_the_clipped_one_as_mu_falls():
-    u = torch.linspace(-3.0, 5.0, 40, dtype=torch.float64).view(10, 4)
+    low, high = (torch.tensor(v, dtype=torch.float64) for v in ([0.0, -1.0, 2.0, 0.0], [2.0, 1.0, 2.5, 7.0]))
+    u = torch.linspace(-30.0, 50.0, 40, dtype=torch.float64).view(10, 4)
     for mu in (1e-2, 1e-4, 1e-6):
-        made = Projection(Interval(0.0, 2.0), mu)(u)
-        assert (made - u.clamp(0.0, 2.0)).abs().max() <= 1.01 * math.sqrt(mu)
-        assert (made > 0.0).all() and (made < 2.0).all()
+        made = Box(low, high, mu)(u)
+        assert ((made - torch.clamp(u, low, high)).abs() <= 0.5 * (high - low) * math.sqrt(2.0 * mu)).all()
+        assert (made > low).all() and (made < high).all()
+    assert Box(0.0, 1.0)(torch.full((4,), math.nan, dtype=torch.float64)).isnan().all()
 
 
-@pytest.mark.parametrize('program, u', [(ThrustCone(), [3.0, 1.0, 2.0]), (ThrustCone(0.5, 4.0), [1.0, -1.0, 9.0]),
-                                        (Interval(0.1, 1.7), [0.0, 1.8, 0.9])])
-def test_the_derivative_of_a_projection_is_that_of_its_central_path(program, u):
+@pytest.mark.parametrize('projection, u', [
+    (ConeProjection(ThrustCone(), 1e-3, settings=EXACT), [3.0, 1.0, 2.0]),
+    (ConeProjection(ThrustCone(0.5, 4.0), 1e-3, settings=EXACT), [1.0, -1.0, 9.0]),
+    (Box(0.1, 1.7, 1e-3), [0.0, 1.8, 0.9]), (Box(0.1, 1.7, 1e-3), [-5.0, 30.0, 1.7])])
+def test_the_derivative_of_a_projection_is_that_of_its_central_path(projection, u):
     u = torch.tensor(u, dtype=torch.float64)
-    projection = Projection(program, 1e-3, settings=EXACT)
     _, by_u = projection.linearize(u)
     step = 1e-5 * torch.eye(3, dtype=torch.float64)
     differences = ((projection(u + step) - projection(u - step)) / 2e-5).T
@@ -74,7 +101,7 @@ def test_the_derivative_of_a_projection_is_that_of_its_central_path(program, u):
 
 def test_beyond_a_limit_the_derivative_grows_with_mu_grad():
     u = torch.tensor([2.5], dtype=torch.float64)
-    slopes = [Projection(Interval(0.0, 2.0), 1e-4, g).linearize(u)[1].item() for g in (1e-4, 1e-3, 1e-2)]
+    slopes = [Box(0.0, 2.0, 1e-4, g).linearize(u)[1].item() for g in (1e-4, 1e-3, 1e-2)]
     assert 0.0 < slopes[0] < slopes[1] < slopes[2] < 1.0
 
 
@@ -132,8 +159,8 @@ def test_the_thrust_of_its_weight_keeps_an_upright_rocket_where_it_is():
 def test_the_derivatives_of_dynamics_with_projected_inputs_are_those_of_differences():
     rocket = OptimizationBasedDynamics(Rocket(), settings=EXACT)
     for dynamics, u in (
-            (ProjectedInputs(rocket, 0.05, Projection(ThrustCone(), settings=EXACT)), [3.0, 1.0, 2.0]),
-            (ProjectedInputs(Crazyflie(), 0.05, Projection(Interval(0.2, 1.8), 1e-3, settings=EXACT)),
+            (ProjectedInputs(rocket, 0.05, ConeProjection(settings=EXACT)), [3.0, 1.0, 2.0]),
+            (ProjectedInputs(Crazyflie(), 0.05, Box(0.2, 1.8, 1e-3)),
              [1.0, 1.9, 0.1, 1.2])):
         x, u = 0.1 * random(12), torch.tensor(u, dtype=torch.float64)
         following, A, B = dynamics.linearize(x, u)
@@ -149,7 +176,7 @@ def test_a_rocket_lands_within_its_thrust_cone_where_bounds_on_the_inputs_leave_
     x_init[0, :3], x_init[0, 6] = torch.tensor([0.5, 0.0, 2.0]), 1.0
     goal = torch.zeros(12, dtype=torch.float64)
     goal[2] = 1.0
-    projection, rocket = Projection(ThrustCone(slope=0.05)), OptimizationBasedDynamics(Rocket())
+    projection, rocket = ConeProjection(ThrustCone(slope=0.05)), OptimizationBasedDynamics(Rocket())
     share = {}
     for name, dynamics, limits in (('cone', ProjectedInputs(rocket, 0.05, projection), {}),
                                    ('bounds', rocket, dict(u_low=[-1.0, -1.0, 0.0], u_high=[1.0, 1.0, 12.5]))):
@@ -165,8 +192,9 @@ def test_a_rocket_lands_within_its_thrust_cone_where_bounds_on_the_inputs_leave_
 
 def test_bad_limits_and_shapes_are_one_clear_error():
     with pytest.raises(ValueError, match='low = 2.0'):
-        Interval(2.0, 1.0)
-    with pytest.raises(ValueError, match='multiple of 3'):
-        Projection(ThrustCone())(torch.zeros(4, dtype=torch.float64))
-    with pytest.raises(ValueError, match='4 inputs'):
-        ProjectedInputs(Crazyflie(), 0.05, Projection(ThrustCone()))
+        Box(2.0, 1.0)
+    with pytest.raises(ValueError, match='expected .*3'):
+        ConeProjection()(torch.zeros(4, dtype=torch.float64))
+    for projection in (ConeProjection(), Box(torch.zeros(3), torch.ones(3))):
+        with pytest.raises(ValueError, match='4 inputs'):
+            ProjectedInputs(Crazyflie(), 0.05, projection)

@@ -2,19 +2,26 @@
 
   x+ = phi(x, P(u)),      P(u) = argmin_F 1/2 |F - u|^2   s.t.   F allowed
 
-  ThrustCone   |(F_1, F_2)| <= slope F_3,   F_3 <= highest         three inputs, the third along the engine
-  Interval     low <= F <= high                                     one input, a motor
+  ThrustCone   |(F_1, F_2)| <= slope F_3,   F_3 <= highest     three inputs, the third along the engine: a cone program
+  Box          low <= F <= high                                any inputs, each for itself, such as motors
 
-A solver then needs no constraints on inputs: whatever u it tries, what acts is allowed, strictly, since P is taken at a
-point of the central path, mu > 0, which lies inside. Its derivative at a mu_grad >= mu sees a limit before it is
+P is taken at a point of the central path, mu > 0, which lies inside the limits: whatever u a solver tries, what acts is
+allowed, strictly, and it needs no constraints on inputs. Its derivative at a mu_grad >= mu sees a limit before it is
 reached, and beyond the limit it does not vanish at once, as that of a clipped input would. The distance from the limit
 and the multiplier of it have the product mu: mu is in squared units of the input.
 
-Derivatives beyond a limit are small but u is free to go there: give u a weight, R, in every cost.
+Beyond a limit nothing but the cost holds u back: give u a weight, R, in every cost.
+
+Box in closed form. With F = c + w y, c and w the middle and half of the limits, a = (u - c)/w and e = mu/w^2,
+
+  y - a + e/(1 - y) - e/(1 + y) = 0     <=>     y^3 - a y^2 - (1 + 2 e) y + a = 0
+
+whose middle root is the one in (-1, 1); dF/du = 1/(1 + e/(1 - y)^2 + e/(1 + y)^2).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,64 +59,72 @@ class ThrustCone(Program):
         return 1.0, 1.0, 1.0 / self.slope
 
 
-@dataclass(frozen=True)
-class Interval(Program):
-    """z = (F, high - F, F - low); theta the input that was asked for."""
+class ConeProjection:
+    """P for inputs u (..., 3), float64, onto `cone`, by its cone program."""
 
-    low: float
-    high: float
-    variables = 3
-    parameters = 1
-    nonnegative = (1, 2)
-    scale = (1.0,)
+    width = 3  # inputs that belong together
 
-    def __post_init__(self):
-        if not -float('inf') < self.low < self.high < float('inf'):
-            raise ValueError(f'low = {self.low!r}, high = {self.high!r}; expected finite numbers, low < high')
-
-    def objective(self, z: Scalars, theta: Scalars) -> Any:
-        """Half the squared distance."""
-        return (z[0] - theta[0]) ** 2 / 2
-
-    def constraints(self, z: Scalars, theta: Scalars) -> list:
-        """The definitions of the other entries."""
-        return [z[0] + z[1] - self.high, z[0] - z[2] - self.low]
-
-
-class Projection:
-    """P for inputs u (..., m), float64: m inputs are m / parameters groups, each with the limits of `program`."""
-
-    def __init__(self, program: ThrustCone | Interval, mu: float = 1e-4, mu_grad: float | None = None,
+    def __init__(self, cone: ThrustCone = ThrustCone(), mu: float = 1e-4, mu_grad: float | None = None,
                  settings: Settings = Settings(), compiled: bool | None = None):
-        self.program, self.mu, self.mu_grad = program, mu, mu if mu_grad is None else mu_grad
-        self.solver = ConeSolver(program, settings, compiled)
+        self.cone, self.mu, self.mu_grad = cone, mu, mu if mu_grad is None else mu_grad
+        self.solver = ConeSolver(cone, settings, compiled)
 
     def __call__(self, u: Tensor) -> Tensor:
         """P(u) at mu; NaN where u is not finite. Differentiable by torch, with the derivative of `linearize`."""
         return _Project.apply(u, self)
 
+    def value(self, u: Tensor) -> Tensor:
+        """P(u), without derivative."""
+        return self._thrust(self.solver.solve(u, (self.mu,)), u)
+
+    def linearize(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """P(u) (..., 3) at mu, dP/du (..., 3, 3) at mu_grad. Not differentiable."""
+        u = u.detach()
+        path = self.solver.solve(u, (self.mu, self.mu_grad))
+        by_u = self.solver.sensitivity(path.at(self.mu_grad), u)[..., :3, :]
+        return self._thrust(path, u), by_u * u.new_tensor(self.cone.scale).unsqueeze(1)
+
+    def _thrust(self, path, u):
+        return path.at(self.mu)[..., :3] * u.new_tensor(self.cone.scale)
+
+
+class Box:
+    """P for inputs u (..., m) between `low` and `high`, numbers or (m,). mu and mu_grad are relative to the squared
+    half-width of the limits. ValueError where low >= high, or either is not finite."""
+
+    def __init__(self, low: Tensor | float, high: Tensor | float, mu: float = 1e-4, mu_grad: float | None = None):
+        low, high = (torch.as_tensor(v, dtype=torch.float64) for v in (low, high))
+        if not (torch.isfinite(low) & torch.isfinite(high) & (low < high)).all():
+            raise ValueError(f'low = {low.tolist()}, high = {high.tolist()}; expected finite numbers, low < high')
+        self.mu, self.mu_grad, self.width = mu, mu if mu_grad is None else mu_grad, max(low.numel(), high.numel())
+        self.middle, self.half = 0.5 * (low + high), 0.5 * (high - low)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """P(u) at mu; NaN where u is not finite. Differentiable by torch, with the derivative of `linearize`."""
+        return _Project.apply(u, self)
+
+    def value(self, u: Tensor) -> Tensor:
+        """P(u), without derivative."""
+        middle, half = self.middle.to(u), self.half.to(u)
+        return middle + half * self._root((u - middle) / half, self.mu)
+
     def linearize(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """P(u) (..., m) at mu, dP/du (..., m, m) at mu_grad. Not differentiable."""
-        theta = self._groups(u.detach())
-        path = self.solver.solve(theta, (self.mu, self.mu_grad))
-        width = self.program.parameters
-        scale = theta.new_tensor(self.program.scale)
-        blocks = self.solver.sensitivity(path.at(self.mu_grad), theta)[..., :width, :] * scale.unsqueeze(1)
-        by_u = torch.zeros(*u.shape, u.shape[-1], dtype=u.dtype, device=u.device)
-        for i in range(u.shape[-1] // width):
-            at = slice(i * width, (i + 1) * width)
-            by_u[..., at, at] = blocks[..., i, :, :]
-        return self._applied(path, theta).reshape(u.shape), by_u
+        u = u.detach()
+        y = self._root((u - self.middle.to(u)) / self.half.to(u), self.mu_grad)
+        slope = 1.0 / (1.0 + self.mu_grad * ((1.0 - y) ** -2 + (1.0 + y) ** -2))
+        return self.value(u), torch.diag_embed(slope)
 
-    def _groups(self, u):
-        width = self.program.parameters
-        if u.dim() < 1 or u.shape[-1] % width:
-            raise ValueError(f'u has shape {tuple(u.shape)}, expected (..., a multiple of {width}) for a '
-                             f'{type(self.program).__name__}')
-        return u.reshape(*u.shape[:-1], -1, width)
-
-    def _applied(self, path, theta):
-        return path.at(self.mu)[..., :self.program.parameters] * theta.new_tensor(self.program.scale)
+    @staticmethod
+    def _root(a: Tensor, e: float) -> Tensor:
+        """y, by Viete's formula for the roots of cubics; beyond the limits its distance from them is sharpened."""
+        square = a.square() / 9.0 + (1.0 + 2.0 * e) / 3.0  # y = a/3 + z,  z^3 - 3 square z + 2 half = 0
+        half = a * ((1.0 - e) / 3.0 - a.square() / 27.0)
+        angle = torch.acos((-half / square ** 1.5).clamp(-1.0, 1.0))
+        y = a / 3.0 + 2.0 * square.sqrt() * torch.cos((angle - 2.0 * math.pi) / 3.0)
+        d, beyond = 1.0 - y.abs(), a.abs() - 1.0
+        d = torch.where(beyond > 1.0, e / (beyond + d + e / (2.0 - d)), d)
+        return torch.sign(a) * (1.0 - d)
 
 
 class _Project(torch.autograd.Function):
@@ -121,8 +136,7 @@ class _Project(torch.autograd.Function):
             applied, by_u = projection.linearize(u)
             ctx.save_for_backward(by_u)
             return applied
-        theta = projection._groups(u)
-        return projection._applied(projection.solver.solve(theta, (projection.mu,)), theta).reshape(u.shape)
+        return projection.value(u)
 
     @staticmethod
     def backward(ctx, by_applied):
@@ -133,10 +147,10 @@ class _Project(torch.autograd.Function):
 class ProjectedInputs:
     """The step of `equations` over dt seconds under P(u): dynamics for deqmpc.problem.Problem."""
 
-    def __init__(self, equations: Equations, dt: float, projection: Projection):
-        if equations.m % projection.program.parameters:
+    def __init__(self, equations: Equations, dt: float, projection: ConeProjection | Box):
+        if equations.m % projection.width:
             raise ValueError(f'{type(equations).__name__} has {equations.m} inputs; expected a multiple of '
-                             f'{projection.program.parameters} for a {type(projection.program).__name__}')
+                             f'{projection.width} for this {type(projection).__name__}')
         self.phi, self.projection = kind_of(equations)(equations, dt), projection
         self.n, self.m, self.dt = equations.n, equations.m, float(dt)
 
