@@ -271,19 +271,21 @@ def train(variant: str, size: Size, updates: int, settings: Settings, path: Path
             return known
     source, theta, state = Source(variant, size), torch.zeros(2, dtype=torch.float64), gauss_newton.start(2)
     adam, lines = Adam(theta, _rate(variant), GRID) if variant.startswith('adam') else None, []
-    for k in range(updates):
-        found = source.estimate(theta)
-        lines.append([k, found.value, *theta.tolist()])
-        if adam is not None:
-            theta = adam.step(found.gradient)
-            continue
-        hessian = found.newton if variant == 'newton' else found.gauss_newton
-        made = gauss_newton.update(theta, found.gradient, hessian, state, settings, GRID)
-        theta, state = made.theta, made.state
-    lines.append([updates, source.value(theta), *theta.tolist()])
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('w', newline='') as file:
-        csv.writer(file).writerows([['update', 'return', 'theta_a', 'theta_b'], *lines])
+        writer = csv.writer(file)
+        writer.writerow(['update', 'return', 'theta_a', 'theta_b'])
+        for k in range(updates + 1):
+            found = source.estimate(theta) if k < updates else None
+            lines.append([k, found.value if found else source.value(theta), *theta.tolist()])
+            writer.writerow(lines[-1])
+            file.flush()
+            if adam is not None and found:
+                theta = adam.step(found.gradient)
+            elif found:
+                hessian = found.newton if variant == 'newton' else found.gauss_newton
+                made = gauss_newton.update(theta, found.gradient, hessian, state, settings, GRID)
+                theta, state = made.theta, made.state
     return lines
 
 
