@@ -12,7 +12,8 @@ from deqmpc.solvers import cone_program
 from deqmpc.solvers.augmented_lagrangian import Status
 from deqmpc.solvers.cone_program import Cones, ConeSolver, Settings
 
-WAYS = [pytest.param(True, marks=pytest.mark.skipif(not build.available(), reason='no C compiler')), False]
+COMPILED = pytest.mark.skipif(not build.available(), reason='no C compiler')
+WAYS = [pytest.param(True, marks=COMPILED), False]
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def test_the_sensitivity_is_the_slope_of_the_path_at_its_own_parameter(condition
         assert ((slope - s).flatten(1).norm(dim=1) < 1e-5 * s.flatten(1).norm(dim=1)).all()
 
 
-@pytest.mark.skipif(not build.available(), reason='no C compiler')
+@COMPILED
 def test_compiled_code_and_torch_take_the_same_steps():
     theta = random(100, 3)
     theta[7] = math.nan
@@ -154,6 +155,27 @@ def test_no_more_steps_are_taken_than_allowed(compiled):
     assert (path.steps == 7).all()
     assert {cone_program.STATUS[s] for s in path.status} == {Status.ITERATION_LIMIT}
     assert path.w[:, 0].isfinite().all() and path.w[:, -1].isnan().all()
+
+
+@pytest.mark.parametrize('compiled', WAYS)
+def test_a_start_on_the_path_leads_to_the_same_point_in_fewer_steps(compiled):
+    solver, theta = ConeSolver(ProjectionOnCone(), Settings(tolerance=1e-12), compiled), random(20, 3)
+    cold = solver.solve(theta, (1e-4,))
+    close = ConeSolver(ProjectionOnCone(), Settings(mu_0=1e-4, tolerance=1e-12), compiled)
+    warm = close.solve(theta + 1e-5, (1e-4,), start=cold.at(1e-4))
+    assert warm.converged.all() and warm.steps.max() <= 3 < cold.steps.min()
+    assert (warm.at(1e-4) - solver.solve(theta + 1e-5, (1e-4,)).at(1e-4)).abs().max() < 1e-10
+
+
+@COMPILED
+def test_one_sample_after_another_gives_what_a_batch_gives():
+    conditions, theta = ProjectionOnCone(), random(30, 3)
+    expected = ConeSolver(conditions).solve(theta, (1e-4,)).at(1e-4)
+    single = ConeSolver(conditions).single(1e-4)
+    for k in range(len(theta)):
+        assert single.solve(theta[k].tolist()) == pytest.approx(expected[k].tolist(), abs=1e-6)
+    assert single.solve([math.nan, 0.0, 0.0]) is None
+    assert single.solve(theta[0].tolist()) == pytest.approx(expected[0].tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize('shape', [(), (2,), (2, 0, 3)])

@@ -9,10 +9,11 @@ import torch
 from deqmpc.dynamics.integrators import rk4
 from deqmpc.dynamics.optimization_based.acrobot import Acrobot
 from deqmpc.dynamics.optimization_based.cartpole import CartPole
+from deqmpc.dynamics.optimization_based.ground_contact import GroundContact
 from deqmpc.dynamics.optimization_based.hopper import Hopper
 from deqmpc.dynamics.optimization_based.layer import OptimizationBasedDynamics
 from deqmpc.dynamics.optimization_based.planar_push import PlanarPush
-from deqmpc.solvers.cone_program import Settings
+from deqmpc.solvers.cone_program import ConeSolver, Settings
 
 torch_double = {'dtype': torch.float64}
 FREE_ACROBOT = dict(stop=None, b=0.0)
@@ -257,6 +258,36 @@ def test_a_pushed_block_moves_with_the_pusher_which_never_enters_it():
     assert v[0] == pytest.approx(v[3].item(), abs=2e-2)
     assert 10.0 * v[3] == pytest.approx(2.0 - gamma.item())  # momentum of the pusher
     assert v[0] == pytest.approx(gamma.item() + b.sum().item(), abs=1e-6)  # and of the block
+
+
+def landing_bodies(count):
+    """theta of a body with four feet at various heights, attitudes and velocities."""
+    generator = torch.Generator().manual_seed(0)
+    rotation = torch.linalg.qr(torch.eye(3, **torch_double)
+                               + 0.2 * torch.randn(count, 3, 3, generator=generator, **torch_double)).Q
+    rotation = rotation * torch.sign(rotation.diagonal(dim1=1, dim2=2)).unsqueeze(1)  # a proper one, nearly upright
+    feet = tensor(*([x, y, -0.015] for x in (0.03, -0.03) for y in (0.03, -0.03)))
+    velocity = torch.cat([random(count, 3, seed=1), 5.0 * random(count, 3, seed=2)], dim=1)
+    velocity[:, 2] = -velocity[:, 2].abs()
+    gaps = (rotation @ feet.T)[:, 2]
+    gaps = (gaps - gaps.min(dim=1, keepdim=True).values) / 1e-3  # the lowest foot touches
+    return torch.cat([velocity, rotation.flatten(1), gaps, feet.flatten().expand(count, 12)], dim=1)
+
+
+def test_feet_stay_over_the_ground_and_their_friction_is_in_its_cone_and_takes_energy():
+    mass, inertia, mu = 0.033, (17e-6, 17e-6, 30e-6), 1e-8
+    theta = landing_bodies(200)
+    solver = ConeSolver(GroundContact(mass, inertia, 0.6), Settings(mu_0=1e-2, tolerance=1e-10))
+    path = solver.solve(theta, (mu,))
+    assert path.converged.double().mean() >= 0.99
+    w = path.at(mu)[path.converged]
+    gap, g, b, c = w[:, 6:10], w[:, 10:14], w[:, 18:26].unflatten(1, (4, 2)), w[:, 30:38].unflatten(1, (4, 2))
+    assert gap.min() > 0.0 and torch.allclose(gap * g, torch.full_like(g, mu), atol=1e-9)
+    assert (b.norm(dim=2) < 0.6 * g).all()
+    assert (b * c).sum(2).max() < mu
+    weights = tensor(mass, mass, mass, *inertia)
+    before, after = (0.5 * (weights * v ** 2).sum(1) for v in (theta[path.converged, :6], w[:, :6]))
+    assert (after < before + 1e-9).all() and (after < 0.9 * before).any()
 
 
 def test_bad_input_is_named():

@@ -84,14 +84,15 @@ static int newton(double *w, const double *theta, double mu, double tolerance, l
   return CONVERGED;
 }
 
-/* B paths over L falling parameters; w_out (B, L, W) is NaN from the first mu on that was not reached. */
-void solve_paths(const double *theta, long B, const double *mu, long L, double tolerance, long max_steps,
-                 long halvings, double *w_out, long long *status, long long *steps, double *length) {
+/* B paths over L falling parameters, from w_start (B, W) or, where that is NULL, from start(theta). w_out (B, L, W) is
+   NaN from the first mu on that was not reached. */
+void solve_paths(const double *theta, const double *w_start, long B, const double *mu, long L, double tolerance,
+                 long max_steps, long halvings, double *w_out, long long *status, long long *steps, double *length) {
   for (long b = 0; b < B; b++, theta += P) {
     double w[W];
     memset(w, 0, sizeof w);
-    start(theta, w);
-    status[b] = is_finite(theta, P) ? CONVERGED : NOT_FINITE;
+    if (w_start) memcpy(w, w_start + b * W, sizeof w); else start(theta, w);
+    status[b] = is_finite(theta, P) && is_finite(w, W) ? CONVERGED : NOT_FINITE;
     steps[b] = 0;
     length[b] = NAN;
     for (long l = 0; l < L; l++, w_out += W) {

@@ -238,16 +238,23 @@ class ConeSolver:
         """Whether float64 on the CPU runs compiled code."""
         return self._native is not None
 
-    def solve(self, theta: Tensor, mu: Sequence[float]) -> Path:
-        """The path at theta (..., parameters) down to the least of `mu`, with each of `mu` on it. Never raises for
-        numbers in theta; ValueError for its shape."""
+    def solve(self, theta: Tensor, mu: Sequence[float], start: Tensor | None = None) -> Path:
+        """The path at theta (..., parameters) down to the least of `mu`, with each of `mu` on it; from `start`
+        (..., size), inside the cones, instead of that of the conditions. Never raises for numbers; ValueError for
+        shapes."""
         levels = self.settings.path(*mu)
         flat = self._flat('theta', theta, self.conditions.parameters)
+        if start is not None:
+            start = self._flat('start', start.expand(*theta.shape[:-1], -1), self.conditions.size)
         run = self._native.solve if self._runs_compiled(flat) else self._solve_in_torch
-        w, status, steps, residual = run(flat, levels, self.settings)
+        w, status, steps, residual = run(flat, start, levels, self.settings)
         shape = theta.shape[:-1]
         return Path(tuple(levels), w.reshape(*shape, len(levels), self.conditions.size),
                     *(v.reshape(shape) for v in (status, steps, residual)))
+
+    def single(self, mu: float) -> code.Single:
+        """A compiled solver of one sample at a time at mu, on floats; NoCompiler where there is none."""
+        return code.native(self.conditions).single(mu, self.settings)
 
     def sensitivity(self, w: Tensor, theta: Tensor) -> Tensor:
         """dw/dtheta (..., size, parameters) of the central path through w (..., size); NaN where dr/dw is singular."""
@@ -277,11 +284,11 @@ class ConeSolver:
         s, failed = torch.linalg.solve_ex(f.jacobian_w(w, theta), -by_theta)
         return s.masked_fill((failed != 0)[:, None, None], math.nan)
 
-    def _solve_in_torch(self, theta, levels, settings):
+    def _solve_in_torch(self, theta, start, levels, settings):
         f = code.functions(self.conditions)
         B = len(theta)
-        w = f.start(theta)
-        finite = torch.isfinite(theta).all(dim=1)
+        w = f.start(theta) if start is None else start.clone()
+        finite = torch.isfinite(theta).all(dim=1) & torch.isfinite(w).all(dim=1)
         status = torch.where(finite, _CONVERGED, _NOT_FINITE)
         steps = torch.zeros(B, dtype=torch.long, device=theta.device)
         norm = torch.where(finite, theta.new_zeros(B), math.nan)

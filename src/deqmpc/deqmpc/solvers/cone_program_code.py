@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 
@@ -160,17 +160,19 @@ class Native:
         self._solve, self._sensitivity = library.solve_paths, library.sensitivities
         pointer, count, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
         self._solve.restype = self._sensitivity.restype = None
-        self._solve.argtypes = [pointer, count, pointer, count, number, count, count] + [pointer] * 4
+        self._solve.argtypes = [pointer, pointer, count, pointer, count, number, count, count] + [pointer] * 4
         self._sensitivity.argtypes = [pointer, pointer, count, pointer]
 
-    def solve(self, theta: Tensor, levels: list[float], settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """w (B, L, size), status, steps and residual (B,) for theta (B, parameters)."""
+    def solve(self, theta: Tensor, start: Tensor | None, levels: list[float],
+              settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w (B, L, size), status, steps and residual (B,) for theta (B, parameters), from start (B, size) if given."""
         B, L = len(theta), len(levels)
         mu = (ctypes.c_double * L)(*levels)
         w, residual = theta.new_empty(B, L, self.size), theta.new_empty(B)
         status, steps = torch.empty(2, B, dtype=torch.long)
-        self._solve(theta.data_ptr(), B, ctypes.addressof(mu), L, settings.tolerance, settings.max_steps,
-                    settings.halvings, w.data_ptr(), status.data_ptr(), steps.data_ptr(), residual.data_ptr())
+        self._solve(theta.data_ptr(), None if start is None else start.data_ptr(), B, ctypes.addressof(mu), L,
+                    settings.tolerance, settings.max_steps, settings.halvings, w.data_ptr(), status.data_ptr(),
+                    steps.data_ptr(), residual.data_ptr())
         return w, status, steps, residual
 
     def sensitivity(self, w: Tensor, theta: Tensor) -> Tensor:
@@ -178,3 +180,42 @@ class Native:
         s = theta.new_empty(len(theta), self.size, self.parameters)
         self._sensitivity(w.data_ptr(), theta.data_ptr(), len(theta), s.data_ptr())
         return s
+
+    def single(self, mu: float, settings) -> Single:
+        """A solver of one sample at a time."""
+        return Single(self, mu, settings)
+
+
+class Single:
+    """One sample after another in a loop, each from where the last one ended: plain floats in and out, since a tensor
+    costs more than such a solve. Where that start leads nowhere, and at first, the path is followed from its start."""
+
+    def __init__(self, native: Native, mu: float, settings):
+        doubles = ctypes.c_double
+        levels = settings.path(mu)
+        self._theta, self._w = (doubles * native.parameters)(), (doubles * native.size)()
+        self._path, self._mu = (doubles * (native.size * len(levels)))(), (doubles * len(levels))(*levels)
+        self._status, self._steps, self._length = ctypes.c_longlong(), ctypes.c_longlong(), doubles()
+        self._run, self._size, self._warm = native._solve, native.size, False
+        limits = settings.tolerance, settings.max_steps, settings.halvings
+        report = [ctypes.addressof(v) for v in (self._status, self._steps, self._length)]
+        theta, mus, path, w = map(ctypes.addressof, (self._theta, self._mu, self._path, self._w))
+        last = mus + ctypes.sizeof(doubles) * (len(levels) - 1)
+        self._from_start = theta, None, 1, mus, len(levels), *limits, path, *report
+        self._from_last = theta, w, 1, last, 1, *limits, path, *report
+        self._last_point = native.size * (len(levels) - 1)
+
+    def solve(self, theta: Sequence[float]) -> list[float] | None:
+        """w (size) at mu, None where the conditions could not be solved."""
+        self._theta[:] = theta
+        if self._warm:
+            self._run(*self._from_last)
+            if self._status.value == 0:
+                self._w[:] = w = self._path[:self._size]
+                return w
+        self._run(*self._from_start)
+        self._warm = self._status.value == 0
+        if not self._warm:
+            return None
+        self._w[:] = w = self._path[self._last_point:]
+        return w
