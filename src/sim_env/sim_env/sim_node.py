@@ -56,6 +56,10 @@ class Settings:
                                    0.0, 50.0)
     airframe: str = parameter('', 'YAML of the simulated airframe; empty: the built-in Crazyflie 2.1')
     battery: float = parameter(1.0, 'charge of the battery at start (fraction)', 0.05, 1.0)
+    contact: str = parameter('springs', 'what the floor is: springs, or rigid with friction that sticks (cones; needs a'
+                             ' C compiler)', choices=('springs', 'cones'))
+    ground_effect: float = parameter(0.0, 'gain of the rotors over the floor, k_g of plant.py; 7 as recorded, 0: none',
+                                     0.0, 19.0)
     real_time_factor: float = parameter(1.0, 'simulated seconds a second', 0.01, 20.0)
     crazyflie_uri: str = parameter('udp://127.0.0.1:19850', 'where cflib finds the Crazyflie')
     radio_loss: float = parameter(0.0, 'probability that a radio packet is lost, each way', 0.0, 1.0)
@@ -143,9 +147,12 @@ def of_robot(s: Settings, robot: str) -> Settings:
 def make_crazyflie(s: Settings) -> SimulatedCrazyflie:
     """The drone that `s` (of one robot) asks for, at its start pose."""
     position, yaw = start_pose(s.start, s.seed, s.start_range)
-    plant = PlantSettings(battery_charge=s.battery)
-    return SimulatedCrazyflie(SimSettings(airframe=_airframe(s.airframe), plant=plant), _seeds(s.seed)[0],
-                              position, yaw)
+    plant = PlantSettings(battery_charge=s.battery, contact=s.contact, ground_effect=s.ground_effect)
+    settings = SimSettings(airframe=_airframe(s.airframe), plant=plant)
+    try:
+        return SimulatedCrazyflie(settings, _seeds(s.seed)[0], position, yaw)
+    except ValueError as error:
+        raise SettingsError(f'contact: {error}') from None
 
 
 def make_sensor(s: Settings) -> MocapSensor:

@@ -8,12 +8,15 @@ import pytest
 
 from deqmpc.airframe import GRAVITY, Airframe
 from deqmpc.dynamics import rotation
+from deqmpc.realtime import build
 from sim_env import power_distribution
 from sim_env.plant import MOTOR_21PLUS, MOTOR_LEGACY, Plant, PlantSettings, open_circuit_voltage
 
 FRAME = Airframe()
 NO_DRAG = dataclasses.replace(FRAME, drag=(0.0, 0.0, 0.0))
 OFF = (0, 0, 0, 0)
+COMPILED = pytest.mark.skipif(not build.available(), reason='no C compiler')
+GROUNDS = ['springs', pytest.param('cones', marks=COMPILED)]
 
 
 def tossed(frame, rng, height=1000.0):
@@ -94,9 +97,10 @@ def test_motor_thrust_follows_a_first_order_lag():
     assert plant.f1 == pytest.approx(FRAME.hover_thrust * (1.0 - math.exp(-0.05 / FRAME.motor_time_constant)))
 
 
+@pytest.mark.parametrize('contact', GROUNDS)
 @pytest.mark.parametrize('tilt', [0.0, 0.4, -0.7])
-def test_a_dropped_body_comes_to_rest_on_the_floor(tilt):
-    plant = Plant(FRAME, PlantSettings(floor=0.2), (0.0, 0.0, 0.6), yaw=1.0)
+def test_a_dropped_body_comes_to_rest_on_the_floor(tilt, contact):
+    plant = Plant(FRAME, PlantSettings(floor=0.2, contact=contact), (0.0, 0.0, 0.6), yaw=1.0)
     plant.qx, plant.qy, plant.qz, plant.qw = math.sin(tilt / 2.0), 0.0, 0.0, math.cos(tilt / 2.0)
     plant.vx = 0.5
     lowest, highest, landed = plant.z, 0.0, False
@@ -111,13 +115,87 @@ def test_a_dropped_body_comes_to_rest_on_the_floor(tilt):
     assert rotation.tilt(np.array([plant.qx, plant.qy, plant.qz, plant.qw])) < 0.01
 
 
-def test_a_body_on_its_back_stays_there():
-    plant = Plant(FRAME, PlantSettings(), (0.0, 0.0, 0.1))
+@pytest.mark.parametrize('contact', GROUNDS)
+def test_a_body_on_its_back_stays_there(contact):
+    plant = Plant(FRAME, PlantSettings(contact=contact), (0.0, 0.0, 0.1))
     plant.qx, plant.qw = 1.0, 0.0
     for _ in range(1000):
         plant.step(1e-3, OFF)
     assert plant.az_body == pytest.approx(-GRAVITY, rel=1e-3)
     assert plant.z > 0.0
+
+
+def lowest_corner(plant):
+    """Height of the lowest corner over the floor, m."""
+    *_, r20, r21, r22 = plant.rotation()
+    return min(plant.z + r20 * x + r21 * y + r22 * z for x, y, z in plant._corners) - plant.settings.floor + 0.015
+
+
+@COMPILED
+@pytest.mark.parametrize('seed', range(4))
+def test_a_rigid_ground_is_not_entered_gives_no_energy_and_lets_the_body_rest(seed):
+    plant = tossed(FRAME, np.random.default_rng(seed), height=0.2)
+    plant = _on_cones(plant)
+    energy = plant.energy()
+    for _ in range(2500):
+        plant.step(1e-3, OFF)
+        assert lowest_corner(plant) > -1e-5  # the rotation in 1 ms at 30 rad/s bends the straight path by less
+        assert plant.energy() < energy + 1e-7
+        energy = plant.energy()
+    assert plant.on_ground
+    assert math.hypot(plant.vx, plant.vy, plant.vz) < 1e-5
+    assert math.hypot(plant.wx, plant.wy, plant.wz) < 1e-3
+
+
+def _on_cones(body):
+    """`body` as a plant over a rigid ground."""
+    plant = Plant(body.airframe, PlantSettings(contact='cones'), (body.x, body.y, body.z))
+    for name in ('qx', 'qy', 'qz', 'qw', 'vx', 'vy', 'vz', 'wx', 'wy', 'wz'):
+        setattr(plant, name, getattr(body, name))
+    return plant
+
+
+@COMPILED
+@pytest.mark.parametrize('heading', [0.0, 0.9])
+@pytest.mark.parametrize('share', [0.5, 1.5])
+def test_a_side_force_within_the_friction_cone_moves_nothing_and_one_beyond_it_accelerates_the_rest(share, heading):
+    plant = Plant(NO_DRAG, PlantSettings(contact='cones'), (0.0, 0.0, 0.0), yaw=0.3)
+    limit = 0.6 * FRAME.mass * GRAVITY
+    for _ in range(100):
+        plant.step(1e-3, OFF)
+    plant.push = (share * limit * math.cos(heading), share * limit * math.sin(heading), 0.0)
+    for _ in range(200):
+        plant.step(1e-3, OFF)
+    speed = math.hypot(plant.vx, plant.vy)
+    assert speed == pytest.approx(max(0.0, share - 1.0) * 0.6 * GRAVITY * 0.2, rel=0.02, abs=1e-4)
+    if share > 1.0:
+        assert math.atan2(plant.vy, plant.vx) == pytest.approx(heading, abs=0.02)
+    assert rotation.tilt(np.array([plant.qx, plant.qy, plant.qz, plant.qw])) < 1e-3
+
+
+@COMPILED
+def test_the_accelerometer_of_a_body_at_rest_on_a_rigid_ground_measures_gravity():
+    plant = Plant(FRAME, PlantSettings(contact='cones'), (0.0, 0.0, 0.01))
+    for _ in range(500):
+        plant.step(1e-3, OFF)
+    assert (plant.ax_body, plant.ay_body, plant.az_body) == pytest.approx((0.0, 0.0, GRAVITY), abs=1e-2)
+
+
+@pytest.mark.parametrize('height, gain', [(0.003, 1.21), (0.015, 1.14), (0.041, 1.07), (0.078, 1.01), (0.6, 1.0)])
+def test_rotors_near_the_floor_give_what_the_recorded_take_off_shows(height, gain):
+    plant = Plant(NO_DRAG, PlantSettings(ground_effect=7.0, floor=0.3), (0.0, 0.0, 0.3 + height))
+    plant.fixed_voltage = plant.voltage = 3.8
+    plant.f1 = plant.f2 = plant.f3 = plant.f4 = FRAME.hover_thrust
+    plant.step(1e-4, hover_pwm(plant))
+    assert plant.az_body / GRAVITY == pytest.approx(gain, abs=0.025)
+
+
+def test_the_ground_effect_turns_a_tilted_body_level():
+    plant = Plant(NO_DRAG, PlantSettings(ground_effect=7.0), (0.0, 0.0, 0.03))
+    plant.qx, plant.qw = math.sin(0.1), math.cos(0.1)  # rolled to the right: the left rotors are higher
+    plant.f1 = plant.f2 = plant.f3 = plant.f4 = FRAME.hover_thrust
+    plant.step(1e-3, hover_pwm(plant))
+    assert plant.wx < -0.005 and abs(plant.wy) < 1e-9
 
 
 def test_battery_sags_under_load_discharges_and_recovers():
@@ -159,6 +237,10 @@ def test_settings_out_of_range_are_named():
         PlantSettings(battery_charge=1.5)
     with pytest.raises(ValueError, match='thrust_scale'):
         PlantSettings(thrust_scale=0.0)
+    with pytest.raises(ValueError, match="contact = 'mud'; expected springs or cones"):
+        PlantSettings(contact='mud')
+    with pytest.raises(ValueError, match='ground_effect = -1.0'):
+        PlantSettings(ground_effect=-1.0)
 
 
 def test_a_push_in_the_world_moves_the_centre_of_mass_by_f_t2_over_2m_whatever_the_attitude():
