@@ -38,7 +38,7 @@ def theta(tunable) -> torch.Tensor:
 def calls(tunable, theta):
     """Of six episodes after 8 and 24 steps: at the speed limit, beside spheres, near the goal."""
     starts = tune.Starts(*tunable.task.sample(6, torch.Generator().manual_seed(4)))
-    flown = tune.fly(tunable, theta, starts, 25)
+    flown = tune.fly(tunable, theta, starts, tune.Settings(steps=25))
     return flown.calls[(flown.alive.cumsum(1) % 16 == 9)[flown.alive]]
 
 
@@ -82,18 +82,18 @@ def test_derivatives_of_the_policy_are_those_of_finite_differences_with_active_a
         assert (found.by_x[:, :, i] - expected).abs().max() < 1e-4 * (1.0 + expected.abs().max()), i
 
 
-def test_the_gradient_of_the_return_is_that_of_finite_differences_over_whole_episodes():
+def test_the_gradient_of_the_return_is_that_of_finite_differences_over_whole_episodes_with_noise():
     task = tasks.make('crazyflie_obs', spheres=3)
     tunable = Tunable(task, {}, WRONG, ('mass', 'drag', 'cruise_speed', 'velocity_weight'))
-    settings = tune.Settings(steps=6, episodes=3)
+    settings = tune.Settings(steps=6, episodes=3, noise=1e-3)
     tuner = tune.Tuner(tunable, tune.drawn(task, 3, 0, ()), settings, [2.0] * 4)
     theta = tunable.first
-    flown = tune.fly(tunable, theta, tuner.starts, settings.steps)
+    flown = tune.fly(tunable, theta, tuner.starts, settings)
     found, share = tuner.estimate(theta, flown)
     assert share == 1.0 and torch.linalg.eigvalsh(found.gauss_newton)[0] < 0.0
 
     def objective(numbers):
-        return tuner.estimate(numbers, tune.fly(tunable, numbers, tuner.starts, settings.steps))[0].value
+        return tuner.estimate(numbers, tune.fly(tunable, numbers, tuner.starts, settings))[0].value
     for j in range(4):
         h = 3e-3 * theta[j] * torch.eye(4, dtype=torch.float64)[j]
         expected = (objective(theta + h) - objective(theta - h)) / (2.0 * h[j])

@@ -51,7 +51,7 @@ from deqmpc.datasets import Demonstrations
 from deqmpc.evaluation import changed
 from deqmpc.planners import Planned
 from deqmpc.provenance import commit
-from deqmpc.rollouts import Rollouts, rollout
+from deqmpc.rollouts import Disturbance, Rollouts, rollout
 from deqmpc.statistics import bootstrap_mean
 from deqmpc.tasks import Spheres, Task
 from deqmpc.training import gauss_newton
@@ -80,7 +80,8 @@ class Settings:
     updates: int = 30  # steps of the parameters
     episodes: int = 20  # of every update, the same ones
     steps: int = 60  # of an episode at most
-    seed: int = 0  # of the starts
+    seed: int = 0  # of starts and noise
+    noise: float = 0.0  # standard deviation of what the policy sees of every state (m, MRP, m/s, rad/s)
     clearance: float = 0.02  # m from every sphere's surface, below which the price is paid
     price: float = 2000.0  # per m^2 of missing clearance and step
     rate: float = 0.3  # alpha of deqmpc.training.gauss_newton, share of the Newton step
@@ -92,7 +93,7 @@ class Settings:
         for name in ('updates', 'episodes', 'steps'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected an integer >= 1')
-        for name in ('clearance', 'price'):
+        for name in ('noise', 'clearance', 'price'):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number >= 0')
         if not 0.0 < self.step < math.inf:
@@ -182,10 +183,15 @@ class Tuner:
         """(p,) in its own units."""
         return self.tunable.first * self.z.exp()
 
+    def at_limit(self) -> list[str]:
+        """The parameters that are as far from where they began as they may be."""
+        there = self.z.abs() >= self.limits.high
+        return [name for name, is_there in zip(self.tunable.names, there.tolist(), strict=True) if is_there]
+
     def update(self) -> dict[str, Any]:
         """One update; what was found before it, and where it led."""
         theta = self.theta
-        flown = fly(self.tunable, theta, self.starts, self.settings.steps)
+        flown = fly(self.tunable, theta, self.starts, self.settings)
         found, share = self.estimate(theta, flown)
         g, H = theta * found.gradient, torch.outer(theta, theta) * found.gauss_newton  # d/dz = theta d/dtheta
         made = gauss_newton.update(self.z, g, H, self.state, self.settings.optimiser(), self.limits)
@@ -214,14 +220,20 @@ class Tuner:
         return policy_gradient(episodes, plant), float(pi.ok.double().mean())
 
 
-def fly(tunable: Tunable, theta: Tensor, starts: Starts, steps: int) -> Flown:
-    """Episodes of the policy with theta (p,)."""
+def fly(tunable: Tunable, theta: Tensor, starts: Starts, settings: Settings) -> Flown:
+    """Episodes of the policy with theta (p,), with the same noise at every call."""
     recorder = Recorder(TunedPlanner(tunable, theta))
-    made = rollout(tunable.task, recorder, starts.x, starts.spheres, steps=steps)
+    made = rollout(tunable.task, recorder, starts.x, starts.spheres, **how(settings, settings.seed))
     alive = torch.arange(made.u.shape[1]) < made.length.unsqueeze(1)
     step, episode = alive.T.nonzero(as_tuple=True)  # the order of the calls
     order = torch.argsort(episode * alive.shape[1] + step)
     return Flown(made, alive, joined(recorder.calls)[order])
+
+
+def how(settings: Settings, seed: int) -> dict[str, Any]:
+    """Arguments of `rollout`."""
+    return {'steps': settings.steps, 'disturbance': Disturbance(observation=settings.noise),
+            'generator': torch.Generator().manual_seed(seed)}
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -297,7 +309,9 @@ def run(a: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     result = {'command': words, 'commit': commit(), **about, 'updates': tuner.state.count,
               'before': dict(zip(a.parameters, tunable.first.tolist(), strict=True)),
               'after': dict(zip(a.parameters, tuner.theta.tolist(), strict=True)),
-              **judged(task, folder / BEFORE, folder, fresh, settings.steps), 'folder': str(folder)}
+              'curvature': {name: log.rows[-1][f'{name} curvature'] for name in a.parameters},
+              'at_limit': tuner.at_limit(),
+              **judged(task, folder / BEFORE, folder, fresh, settings), 'folder': str(folder)}
     _replace(folder / RESULT, json.dumps(result, indent=2) + '\n')
     return result
 
@@ -333,10 +347,10 @@ def folder_of(a: argparse.Namespace) -> Path:
     return folder
 
 
-def judged(task: Task, before: Path, after: Path, starts: Starts, steps: int) -> dict[str, Any]:
+def judged(task: Task, before: Path, after: Path, starts: Starts, settings: Settings) -> dict[str, Any]:
     """Returns and failures of the policies of two folders, as they fly, from the same starts."""
-    made = [rollout(task, flight_planner(task, folder), starts.x, starts.spheres, steps=steps)
-            for folder in (before, after)]
+    made = [rollout(task, flight_planner(task, folder), starts.x, starts.spheres,
+                    **how(settings, settings.seed + FRESH)) for folder in (before, after)]
     gain = made[1].returns - made[0].returns
     low, high = bootstrap_mean(gain.numpy())
     return {'judged_episodes': len(gain), 'return_before': float(made[0].returns.mean()),
@@ -439,8 +453,10 @@ def _texts(values: dict[str, float]) -> str:
 
 def _say(r: dict[str, Any]) -> None:
     """The result for a reader."""
+    print(f'  {"":<16} {"before":>9}    {"after":<9} curvature of J by log(it)')
     for name in r['before']:
-        print(f'  {name:<16} {r["before"][name]:.5g} -> {r["after"][name]:.5g}')
+        print(f'  {name:<16} {r["before"][name]:9.5g} -> {r["after"][name]:<9.5g} {r["curvature"][name]:.3g}'
+              f'{", at its limit" if name in r["at_limit"] else ""}')
     print(f'  {r["judged_episodes"]} fresh episodes of {r["steps"]} steps: return {r["return_before"]:.3f} -> '
           f'{r["return_after"]:.3f}, gain {r["gain"]:.3f} (95 %: {r["gain_low"]:.3f} to {r["gain_high"]:.3f}); '
           f'failures {r["failures_before"]} -> {r["failures_after"]}')
