@@ -38,7 +38,7 @@ from deqmpc_bringup.fly import fly
 from flight_log.bag import read_bag
 
 STALL = 4e-3  # s late
-HIGHEST = 99  # real-time priority (SCHED_FIFO); the policy node has 20
+HIGHEST = 99  # real-time priority (SCHED_FIFO); the nodes have at most 25
 START_UP = 5.0  # s that the nodes may take until the first tick
 TICKS_A_SECOND = os.sysconf('SC_CLK_TCK')
 PAGE = os.sysconf('SC_PAGE_SIZE')

@@ -41,6 +41,7 @@ class CrazyflieInterface(Node):
         self.finished, self.exit_status = False, 0
         self.robot = robot_name(self)
         self.settings = declare(self, self.SETTINGS)
+        self.priority = self.settings.priority  # read by run()
         try:
             self.radio = radio or self.make_radio()
         except RadioError as error:

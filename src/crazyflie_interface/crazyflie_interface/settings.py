@@ -198,6 +198,9 @@ class FlightSettings(PreflightSettings, GuardSettings):
     firmware_watchdog: bool = parameter(
         False, "Keep the firmware's 1 s emergency watchdog alive while armed. Once begun it cuts and locks"
         ' the drone when this node ends.')
+    priority: int = parameter(
+        25, 'Real-time priority (SCHED_FIFO) of the node where the system permits it, above the policy: the guard is'
+        ' heard first. 0: none.', 0, 99)
 
     def __post_init__(self):
         """ValueError where settings contradict each other."""

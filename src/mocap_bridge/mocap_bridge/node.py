@@ -74,6 +74,8 @@ class Settings:
     angular_jerk: float = parameter(150.0, 'rad/s^3/sqrt(Hz), density of the white angular jerk', 0.1, 1e5)
     huber: float = parameter(3.0, 'standard deviations beyond which a sample loses weight', 1.0, 100.0)
 
+    priority: int = parameter(22, 'real-time priority (SCHED_FIFO) where the system permits it; 0: none', 0, 99)
+
     def part(self, kind: type):
         """The dataclass `kind` filled with the parameters of the same names."""
         mine = {f.name for f in fields(self)}
@@ -88,6 +90,7 @@ class MocapBridge(Node):
         self.finished, self.exit_status = False, 0
         self.robot = robot_name(self)
         self.settings = declare(self, Settings)
+        self.priority = self.settings.priority  # read by run()
         body = self.settings.body_name or self.robot
         try:
             self._bridge = Bridge(body, self.settings.up_axis, self.settings.part(OdometrySettings),
