@@ -290,6 +290,16 @@ def test_feet_stay_over_the_ground_and_their_friction_is_in_its_cone_and_takes_e
     assert (after < before + 1e-9).all() and (after < 0.9 * before).any()
 
 
+def test_pushers_all_around_the_block_are_solved():
+    generator = torch.Generator().manual_seed(0)
+    angle, gap = torch.rand(2, 500, generator=generator, **torch_double)
+    d = torch.stack([(2.0 * math.pi * angle).cos(), (2.0 * math.pi * angle).sin()], dim=1)
+    d = d * (0.1 + 0.05 * gap.unsqueeze(1)) / (d ** 10).sum(1, keepdim=True) ** 0.1
+    q = torch.cat([torch.zeros(500, 3, **torch_double), d], dim=1)
+    dynamics = OptimizationBasedDynamics(PlanarPush(), settings=Settings(mu_0=1e-3))
+    assert dynamics.solve(torch.cat([q, q], dim=1), random(500, 2)).converged.all()
+
+
 def test_bad_input_is_named():
     dynamics = OptimizationBasedDynamics(CartPole())
     with pytest.raises(ValueError, match=r'x has shape \(3,\), expected \(\.\.\., 4\)'):
