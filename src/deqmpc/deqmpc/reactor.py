@@ -130,18 +130,21 @@ class Policy:
         not converge from there, it is made anew from rest."""
         data = self._instances(x, theta)
         guess = None if before is None else al.guess(self.problem, data, before.x, before.u, al.Settings()).shifted()
-        data.x_init.requires_grad_(derivatives)
-        found = self._solver.solve_batch(data, guess)
-        again = _unsolved(found).nonzero()[:, 0]
+        made = self._solve(data, guess, derivatives)
+        again = _unsolved(made.status).nonzero()[:, 0]
         if len(again) and before is not None:
-            guess = replace(guess, x=guess.x.clone(), u=guess.u.clone())
-            cold = al.cold_start(self.problem, data[again], al.Settings())
-            guess.x[again], guess.u[again] = cold.x, cold.u
-            found = self._solver.solve_batch(data, guess)
-        by = self._derivatives(data, found) if derivatives else x.new_zeros(len(x), M, N)
-        u = _applied(x, found.u[:, 0].detach())
-        return Decision(u, torch.cat([by[..., :6], torch.zeros_like(by[..., 6:])], dim=2), by[..., 6:],
-                        found.warm_start, found.status)
+            made.put(again, self._solve(data[again], None, derivatives))
+        u = _applied(x, made.u)
+        by_x = torch.cat([made.by[..., :6], torch.zeros_like(made.by[..., 6:])], dim=2)
+        return Decision(u, by_x, made.by[..., 6:], made.plan, made.status)
+
+    def _solve(self, data: Instances, guess: al.WarmStart | None, derivatives: bool) -> _Solved:
+        x_init = data.x_init.clone().requires_grad_(derivatives)
+        found = self._solver.solve_batch(replace(data, x_init=x_init), guess)
+        first = found.u[:, 0]
+        by = torch.stack([torch.autograd.grad(first[:, j].sum(), x_init, retain_graph=True)[0] for j in range(M)],
+                         dim=1) if derivatives else x_init.new_zeros(len(x_init), M, N)
+        return _Solved(first.detach().clone(), by, found.warm_start, found.status)
 
     def _instances(self, x, theta) -> Instances:
         start = torch.cat([x[:, :6], theta.expand(len(x), P)], dim=1)
@@ -149,16 +152,27 @@ class Policy:
         reference[..., 2:4] = x.new_tensor(SET_POINT)
         return self.problem.instances(start, reference, x.new_zeros(len(x), HORIZON, M))
 
-    def _derivatives(self, data, found) -> Tensor:
-        """d u_0 / d x_init, (B, 2, 8)."""
-        first = found.u[:, 0].sum(0)
-        return torch.stack([torch.autograd.grad(first[j], data.x_init, retain_graph=True)[0] for j in range(M)], dim=1)
+
+@dataclass(frozen=True)
+class _Solved:
+    """Plans of B states."""
+
+    u: Tensor  # (B, 2) first inputs
+    by: Tensor  # (B, 2, 8) their derivative with respect to the first state
+    plan: al.WarmStart
+    status: Tensor  # (B,)
+
+    def put(self, rows: Tensor, other: _Solved) -> None:
+        """Write `other` over some rows."""
+        mine, theirs = ((s.u, s.by, s.status, *s.plan.tensors()) for s in (self, other))
+        for a, b in zip(mine, theirs, strict=True):
+            a[rows] = b
 
 
-def _unsolved(found) -> Tensor:
+def _unsolved(status: Tensor) -> Tensor:
     """(B,) bool: neither a minimum nor, within soft bounds that give way, one of the exact penalty."""
     names = (al.Status.CONVERGED, al.Status.INFEASIBLE)
-    return ~torch.isin(found.status, torch.tensor([al.STATUS.index(s) for s in names]))
+    return ~torch.isin(status, torch.tensor([al.STATUS.index(s) for s in names]))
 
 
 def _applied(x, u) -> Tensor:
@@ -200,7 +214,7 @@ def rollout(policy: Policy, theta: Tensor, x: Tensor, derivatives: bool = True, 
         if not len(live):
             break
         d = policy.decide(x, theta, plan, derivatives)
-        solved, plans = solved + int((d.status == 0).sum() + (d.status == 2).sum()), plans + len(d.status)
+        solved, plans = solved + int((~_unsolved(d.status)).sum()), plans + len(d.status)
         inside = torch.where(in_band(x) | (k >= TIME_LIMIT), inside + 1, 0)
         over = inside == HOLD
         step = {'x': x, 'u': d.u, 'reward': plant.reward(x, d.u), 'alive': torch.ones(len(x), dtype=torch.bool),
