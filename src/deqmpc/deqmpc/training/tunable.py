@@ -79,7 +79,6 @@ class ScaledCrazyflie:
 class Derivatives:
     """Of pi at B states."""
 
-    u: Tensor  # (B, 4) pi
     by_x: Tensor  # (B, 4, 12)
     by_theta: Tensor  # (B, 4, p) in the units of theta
     ok: Tensor  # (B,) bool; False: no derivative here, it is 0
@@ -178,7 +177,7 @@ class Tunable:
         by_x, by_theta = (torch.stack([row[i] for row in rows], dim=1) for i in range(2))
         ok = calls.ok & found.differentiable & torch.isfinite(by_x.sum((1, 2)) + by_theta.sum((1, 2)))
         keep = ok.view(-1, 1, 1)
-        return Derivatives(u.detach(), torch.where(keep, by_x, 0.0), torch.where(keep, by_theta, 0.0), ok)
+        return Derivatives(torch.where(keep, by_x, 0.0), torch.where(keep, by_theta, 0.0), ok)
 
     def exact(self, x: Tensor, theta: Tensor, calls: Calls) -> al.Solution:
         """The plans at x (B, 12) with theta (B, p), next to those of `calls`, with their implicit gradient."""
