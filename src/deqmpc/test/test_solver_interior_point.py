@@ -14,10 +14,13 @@ from torch.autograd.functional import hessian, jacobian
 from deqmpc.airframe import Airframe
 from deqmpc.dynamics.crazyflie import Crazyflie
 from deqmpc.dynamics.pendulum import Pendulum
+from deqmpc.policies.base import load_policy
 from deqmpc.problem import Instances, Problem
+from deqmpc.realtime import RealtimeSolver
 from deqmpc.reproduce import Results, command
 from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.solvers import interior_point as ip
+from deqmpc.types import Obstacles, RigidBodyState
 
 torch.set_num_threads(1)
 DATA = Path(os.environ.get('DEQMPC_DATA', Path(__file__).resolve().parents[4] / 'shared' / 'data'))
@@ -344,6 +347,24 @@ def test_the_augmented_lagrangian_solver_agrees_continues_and_has_the_same_gradi
     assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
     again = al.solve(problem, data, ours.warm_start)
     assert again.converged.all() and again.steps.max() <= 3
+
+
+def test_its_settings_make_the_realtime_solver_and_mpc_only_plan_by_it():
+    problem, data = pendulum()
+    settings = ip.Settings(elastic=1e3)
+    solver, direct = RealtimeSolver(problem, 3, settings), ip.solve(problem, data, settings=settings)
+    batch = solver.solve_batch(data)
+    one = solver.solve(*(getattr(data, name)[1].numpy() for name in ('x_init', 'x_ref', 'u_ref', 'centers', 'radii')))
+    assert not solver.compiled and torch.equal(batch.x, direct.x)
+    assert np.allclose(one.x, direct.x[1].numpy(), atol=1e-9) and one.optimality == pytest.approx(
+        float(direct.error[1]), abs=1e-8) and one.status is al.Status.CONVERGED
+    state = RigidBodyState(0.0, np.array([1.0, 0.2, 1.1]), np.array([0.0, 0.0, 0.0, 1.0]), *np.zeros((2, 3)))
+    field = Obstacles(0.0, np.array([[0.75, 0.1, 1.0]]), np.array([0.1]), np.zeros((1, 3)))
+    plans = [load_policy('mpc_only', {'solver': name}).plan(state, field) for name in ('realtime', 'interior_point')]
+    assert np.abs(plans[0][0].position - plans[1][0].position).max() < 1e-3
+    assert plans[1][2].ok and plans[1][2].residual < 1e-7
+    with pytest.raises(ValueError, match="solver = 'simplex'"):
+        load_policy('mpc_only', {'solver': 'simplex'})
 
 
 def test_bad_settings_shapes_and_a_gradient_through_constraints_are_one_clear_error():

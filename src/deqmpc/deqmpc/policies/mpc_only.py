@@ -33,6 +33,7 @@ from deqmpc.problem import Problem
 from deqmpc.realtime import RealtimeSolver
 from deqmpc.realtime import WarmStart as SolverStart
 from deqmpc.solvers import augmented_lagrangian as al
+from deqmpc.solvers import interior_point
 from deqmpc.types import Obstacles, Plan, RigidBodyState
 
 
@@ -56,6 +57,7 @@ class Settings:
     rate_weight: float = 0.1  # per (rad/s)^2
     input_weight: float = 0.1  # per (hover thrust)^2
     softness: float = 300.0  # largest multiplier of a constraint on the state: the price of 1 m of violation
+    solver: str = 'realtime'  # compiled, to 1e-4; or interior_point: deqmpc.solvers.interior_point, to 1e-8, to compare
     max_steps: int = 60  # Newton steps in one call
     spheres_max: int = 200  # most spheres that one call takes
     airframe: str = ''  # YAML file of deqmpc.airframe; empty: its defaults
@@ -71,6 +73,8 @@ class Settings:
         for name in ('horizon', 'max_steps', 'spheres_max'):
             if getattr(self, name) < 1:
                 raise ValueError(f'mpc_only: {name} = {getattr(self, name)!r}; expected an integer >= 1')
+        if self.solver not in ('realtime', 'interior_point'):
+            raise ValueError(f'mpc_only: solver = {self.solver!r}; expected realtime or interior_point')
         if self.dt * self.horizon < 0.2:  # shorter ones do not see their own braking and circle the goal
             raise ValueError(f'mpc_only: dt * horizon = {self.dt * self.horizon:g} s; expected at least 0.2 s')
         if not np.isfinite(self.goal).all():
@@ -223,8 +227,11 @@ class MpcOnly:
 
 
 def _solver(problem: Problem, s: Settings) -> RealtimeSolver:
-    """The compiled interior-point method; without a compiler the torch augmented Lagrangian with so few steps that it
-    keeps a 10 Hz tick, at the price of a refused plan now and then."""
+    """The compiled interior-point method, or torch's where the settings ask for it. Without a compiler the torch
+    augmented Lagrangian with so few steps that it keeps a 10 Hz tick, at the price of a refused plan now and then."""
+    if s.solver == 'interior_point':
+        return RealtimeSolver(problem, s.spheres_max, interior_point.Settings(
+            elastic=s.softness, feasibility=1e-3, max_steps=s.max_steps, linear_solver='auto'))
     solver = RealtimeSolver(problem, s.spheres_max, realtime.Settings(
         tolerance=1e-4, feasibility=1e-3, elastic=s.softness, max_steps=s.max_steps))
     if solver.compiled:

@@ -8,7 +8,9 @@
 
 The type of the settings chooses the method. `al.Settings` runs the iterations of deqmpc.solvers.augmented_lagrangian,
 step by step; `Settings` the primal-dual interior-point method of solver.c. Where there is no compiler both are served
-by the torch solver, 100 times slower and to the same tolerances; the log says so once.
+by the torch solver, 100 times slower and to the same tolerances; the log says so once. `interior_point.Settings` asks
+for deqmpc.solvers.interior_point, which is never compiled: the same calls, with regularisation that finds a step from
+any start, to 1e-8.
 
 Arrays are NumPy float64. A solver owns its buffers: one thread at a time, a solver a thread.
 """
@@ -30,6 +32,7 @@ from deqmpc.problem import Instances, Problem
 from deqmpc.realtime import build, codegen
 from deqmpc.realtime.batch import BatchSolver
 from deqmpc.solvers import augmented_lagrangian as al
+from deqmpc.solvers import interior_point
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +86,7 @@ class Solution(NamedTuple):
     iterations: int  # AL iterations; 0 for the interior-point method
     defect: float  # largest |k|
     violation: float  # largest h, 0 where all hold
-    optimality: float  # AL: Newton decrement relative to 1e-2 + cost; interior point: largest entry of dL/dtau
+    optimality: float  # AL: Newton decrement relative to 1e-2 + cost; else largest entry of dL/dtau, or KKT error
     cost: float
 
     @property
@@ -96,19 +99,23 @@ class RealtimeSolver:
     """Solves instances of `problem` with at most `spheres_max` spheres, one by one.
 
     Builds the compiled code on the first use on a machine (a few seconds). `compiled` is False where that was not
-    possible. Raises ValueError on settings that cannot be used.
+    possible, and with `interior_point.Settings`. Raises ValueError on settings that cannot be used.
     """
 
-    def __init__(self, problem: Problem, spheres_max: int, settings: Settings | al.Settings = Settings()):
+    def __init__(self, problem: Problem, spheres_max: int,
+                 settings: Settings | al.Settings | interior_point.Settings = Settings()):
         if isinstance(spheres_max, bool) or not isinstance(spheres_max, int) or spheres_max < 0:
             raise ValueError(f'spheres_max = {spheres_max!r}; expected an integer >= 0')
-        if not isinstance(settings, (Settings, al.Settings)):
-            raise ValueError(f'settings is a {type(settings).__name__}; expected realtime.Settings or '
-                             f'augmented_lagrangian.Settings')
+        if not isinstance(settings, (Settings, al.Settings, interior_point.Settings)):
+            raise ValueError(f'settings is a {type(settings).__name__}; expected realtime.Settings, '
+                             f'augmented_lagrangian.Settings or interior_point.Settings')
         if isinstance(settings, al.Settings) and settings.newton_below > 0:
             raise ValueError(f'newton_below = {settings.newton_below}; the compiled solver takes Gauss-Newton steps '
                              f'only, expected 0')
         self.problem, self.spheres_max, self.settings = problem, spheres_max, settings
+        if isinstance(settings, interior_point.Settings):
+            self._backend = _Torch(problem, settings)
+            return
         try:
             self._backend = _compiled(problem, spheres_max, settings)
         except build.NoCompiler as error:
@@ -164,16 +171,16 @@ class RealtimeSolver:
         return self._backend.linearize(x, u)
 
     def solve_batch(self, data: Instances, warm_start: al.WarmStart | None = None) -> al.Solution:
-        """Solve a batch, torch float64 on the CPU, as `al.solve` does: weights of each sample, and with `al.Settings`
-        the implicit gradient where an input requires one.
+        """Solve a batch, torch float64 on the CPU, as `al.solve` does: weights of each sample, and the implicit
+        gradient where an input requires one.
 
         Each sample has the numbers of `solve`; samples that are not finite leave the others alone. Runs on
-        torch.get_num_threads() threads. Raises ValueError on shapes, types and devices that do not fit, and where a
-        gradient of the interior-point method is asked for.
+        torch.get_num_threads() threads. Raises ValueError on shapes, types and devices that do not fit.
         """
         if warm_start is None:
-            settings = self.settings if isinstance(self.settings, al.Settings) else al.Settings()
-            warm_start = al.cold_start(self.problem, data, settings)
+            settings = al.Settings() if isinstance(self.settings, Settings) else self.settings
+            method = interior_point if isinstance(settings, interior_point.Settings) else al
+            warm_start = method.cold_start(self.problem, data, settings)
         al.check_warm_start(self.problem, data, warm_start)
         return self._backend.solve_batch(data, warm_start)
 
@@ -367,18 +374,19 @@ def _not_finite(shapes, K):
 
 
 class _Torch:
-    """The same calls on the torch solver."""
+    """The same calls on the torch solvers."""
 
     def solve_batch(self, data, start) -> al.Solution:
-        return al.solve(self.problem, data, start, self.settings)
+        return self.method.solve(self.problem, data, start, self.settings)
 
     def linearize(self, x, u):
         with torch.no_grad():
             following, F = self.problem.phi.linearize(torch.as_tensor(x)[:-1], torch.as_tensor(u))
         return following.numpy(), F.numpy()
 
-    def __init__(self, problem: Problem, settings: Settings | al.Settings):
+    def __init__(self, problem: Problem, settings: Settings | al.Settings | interior_point.Settings):
         self.problem = problem
+        self.method = interior_point if isinstance(settings, interior_point.Settings) else al
         if isinstance(settings, Settings):  # the exact Hessian reaches small tolerances that Gauss-Newton does not
             settings = al.Settings(feasibility=settings.tolerance, optimality=settings.tolerance ** 2 * 1e2,
                                    elastic=settings.elastic, gn_steps=40, max_steps=10 * settings.max_steps,
@@ -410,14 +418,15 @@ class _Torch:
         with torch.no_grad():
             data = p.instances(tensor(x_init), tensor(x_ref), tensor(u_ref), tensor(spheres) if K else None,
                                tensor(radii) if K else None)
-            guess = al.cold_start(p, data, self.settings)
+            guess = self.method.cold_start(p, data, self.settings)
             if start is not None:
                 guess = al.WarmStart(
                     tensor(start.x), tensor(start.u), guess.lam if start.lam is None else tensor(start.lam),
                     guess.eta if start.eta is None else tensor(start.eta),
                     guess.mu if start.mu is None else guess.mu.new_full((1,), start.mu))
-            s = al.solve(p, data, guess, self.settings)
+            s = self.method.solve(p, data, guess, self.settings)
         w = s.warm_start
         x, u, lam, eta = (v[0].numpy().copy() for v in (s.x, s.u, w.lam, w.eta))
+        optimality = s.error if self.method is interior_point else s.decrement
         return Solution(x, u, WarmStart(x, u, lam, eta, float(w.mu)), s.status_of(0), int(s.steps), 0, float(s.defect),
-                        float(s.violation), float(s.decrement), float(s.cost))
+                        float(s.violation), float(optimality), float(s.cost))
