@@ -1,14 +1,22 @@
-"""Constrained diffusion (Kurtz, Burdick): noise escapes where local methods stay, and the AL solver finishes its paths.
+"""Constrained diffusion (Kurtz, Burdick): noise escapes where local methods stay; a local solver finishes it.
 
-On the two problems of deqmpc.nonconvex, from the same scattered starts for every method:
+On the two problems of deqmpc.nonconvex, from the same scattered starts for every method, and behind a wall of spheres:
 
   swing-up  Figure 3: |h|^2 at the end of the flow against the penalty mu (same alpha, sigma, steps)
-  maze      share of starts from which the AL solver, with hard discs, then ends around the wall at the goal, after
+  maze      share of starts that end around the wall at the goal, with hard discs, when they are finished after
 
-              al        nothing: the scattered start itself
+              raw       nothing: the scattered start itself
               descent   the flow without noise, as many steps
               bfgs      L-BFGS on the same L, 10 multiplier updates (limits on z by z = middle + half tanh y)
               langevin  the flow: 2000 steps, as few as explore best
+
+            by the interior-point method of deqmpc.realtime, or, where that fails, by the AL solver; and by the AL
+            solver alone
+  wall      share of starts of the task crazyflie_wall from which deqmpc.experts finds a plan that passes its check
+
+              al, ip    by the AL solver and the interior point, from the straight line to the goal
+              lines     by the interior point, from all guesses of the recipe: lines bent to nine sides
+              langevin  by the interior point, from 8 detours of a point mass (deqmpc.detours)
   time      N swing-ups at once from angles and rates in +-4, zero guess (Table I): seconds a thousand steps of the
             flow take, measured over fewer where N is large; processor time on a CPU, elapsed on a GPU
 
@@ -16,8 +24,9 @@ The paper's maze has 50 knots and a soft wall, where staying is cheaper than lea
 only by breaking the dynamics. Here there are 100, and a path counts as escaped when it satisfies dynamics, bounds and
 discs to 1e-6. The paper's text has multipliers grow at the rate mu h, its released code without mu; this is the text's.
 
-Checks: |h|^2 falls with every mu; the share of langevin is above that of each other method; all of its starts are
-feasible to 1e-6 after polishing; time grows no faster than N.
+Checks: |h|^2 falls with every mu; in the maze, more starts of langevin than of each other method end at the goal, all
+of them are feasible to 1e-6 when finished, and the cheapest one of every seed is around the wall; behind the wall,
+langevin leads to more plans than each other way; time grows no faster than N.
 """
 
 import math
@@ -25,23 +34,28 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from deqmpc import nonconvex
+from deqmpc import experts, nonconvex, realtime, tasks
 from deqmpc.provenance import commit
+from deqmpc.realtime import RealtimeSolver
 from deqmpc.reproduce import Check, Column, Plan, Results
 from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.solvers import langevin
 
 X_LABEL = 'mu or N'
-VARIANTS = ('al', 'descent', 'bfgs', 'langevin')
-TASKS = ('swing-up', 'maze', 'time')
+VARIANTS = {'maze': ('raw', 'descent', 'bfgs', 'langevin'), 'wall': ('al', 'ip', 'lines', 'langevin')}
+TASKS = ('swing-up', 'maze', 'wall', 'time')
 COLUMNS = (Column('log10 of sum h^2, median', 'log_square'), Column('escaped, %', 'escaped', 100.0),
-           Column('feasible to 1e-6, %', 'feasible', 100.0), Column('best cost', 'cost'),
-           Column('AL steps, median', 'polish_steps'), Column('s for 1000 steps', 'seconds'))
+           Column('feasible to 1e-6, %', 'feasible', 100.0), Column('by AL alone: escaped, %', 'escaped_al', 100.0),
+           Column('feasible, %', 'feasible_al', 100.0), Column('best cost', 'cost'),
+           Column('best one escaped, %', 'best_escaped', 100.0), Column('s for 1000 steps', 'seconds'))
 MUS = (0.01, 0.1, 1.0, 10.0)
 FEASIBILITY = 1e-6
-POLISH = al.Settings(feasibility=FEASIBILITY, iterations=40, gn_steps=30, max_steps=600, newton_below=1e-2)
+INTERIOR_POINT = realtime.Settings(tolerance=1e-8, max_steps=500, elastic=1e3)
+AUGMENTED_LAGRANGIAN = al.Settings(feasibility=FEASIBILITY, optimality=1e-6, mu_0=1e4, mu_max=1e8, iterations=60,
+                                   gn_steps=30, max_steps=2000)
 SWING_UP = langevin.Settings(sigma=1.0)
 MAZE = langevin.Settings(sigma=4.0, sharpness=5.0 * nonconvex.RADIUS ** 2)
 
@@ -54,15 +68,15 @@ class Size:
     swing_up_steps: int
     maze_steps: int
     bfgs_steps: int  # between two multiplier updates
-    polish_steps: int
+    walls: int  # a seed; 0: leave them out
     numbers: tuple[int, ...]  # N
     work: int  # N times steps that a time is measured over
 
 
-SIZES = {'smoke': Size(2, 20, 20, 2, 2, (1, 2), 4),
-         'small': Size(8, 5000, 2000, 50, 600, (64, 256, 1024), 20_000),
-         'medium': Size(16, 20_000, 2000, 50, 600, (64, 256, 1024, 2048, 4096), 200_000),
-         'full': Size(64, 20_000, 2000, 50, 600, (64, 256, 1024, 2048, 4096, 8192, 16384), 1_000_000)}
+NUMBERS = (64, 256, 1024, 2048, 4096, 8192, 16384)
+SIZES = {'smoke': Size(2, 20, 20, 2, 0, (1, 2), 4), 'small': Size(8, 3000, 2000, 50, 2, NUMBERS, 20_000),
+         'medium': Size(16, 20_000, 2000, 50, 8, NUMBERS, 200_000),
+         'full': Size(64, 20_000, 2000, 50, 32, NUMBERS, 1_000_000)}
 
 
 def rows(plan: Plan, out: Path) -> list[dict]:
@@ -76,8 +90,10 @@ def rows(plan: Plan, out: Path) -> list[dict]:
         for seed in range(plan.seeds):
             if task == 'swing-up':
                 made += [row(task, 'langevin', mu, seed, log_square=swing_up(mu, size, seed)) for mu in MUS]
-            elif task == 'maze':
-                made += [row(task, v, '', seed, **maze(v, size, seed)) for v in plan.variants or VARIANTS]
+            elif task in VARIANTS:
+                made += [row(task, v, '', seed, **(maze if task == 'maze' else wall)(v, size, seed))
+                         for v in VARIANTS[task] if v in (plan.variants or VARIANTS[task])
+                         and (task != 'wall' or size.walls)]
             else:
                 device = 'cuda' if torch.cuda.is_available() else 'cpu'
                 made += [row(task, device, N, seed, seconds=seconds(N, size, seed, device)) for N in size.numbers]
@@ -103,24 +119,49 @@ def maze(variant: str, size: Size, seed: int) -> dict[str, float]:
     x_init = torch.tensor([[-1.0, 0.0, 0.0]], dtype=torch.float64).repeat(size.starts, 1)
     problem, data = nonconvex.maze(x_init)
     guess = guesses(variant, problem, data, scattered(problem, data, (2.0, 2.0, math.pi), seed), size, seed)
-    found = al.solve(problem, data, guess, replace(POLISH, max_steps=size.polish_steps))
-    feasible = torch.maximum(found.defect, found.violation) <= FEASIBILITY
-    good = feasible & nonconvex.escaped(found.x)
-    return {'log_square': log_square(problem, data, guess), 'escaped': share(good),
-            'feasible': share(feasible),
-            'cost': float(found.cost[feasible].min()) if feasible.any() else math.nan,
-            'polish_steps': float(found.steps.double().median())}
+    first, second = (RealtimeSolver(problem, data.radii.shape[1], settings).solve_batch(data, guess)
+                     for settings in (INTERIOR_POINT, AUGMENTED_LAGRANGIAN))
+    x, cost = al.select(feasible(first), first.x, second.x), torch.where(feasible(first), first.cost, second.cost)
+    known, around = feasible(first) | feasible(second), nonconvex.escaped(x)
+    best = int(torch.where(known, cost, math.inf).argmin())
+    return {'log_square': log_square(problem, data, guess), 'escaped': share(known & around), 'feasible': share(known),
+            'escaped_al': share(feasible(second) & nonconvex.escaped(second.x)),
+            'feasible_al': share(feasible(second)), 'best_escaped': float(known[best] & around[best]),
+            'cost': float(cost[best]) if known[best] else math.nan}
+
+
+def feasible(found: al.Solution) -> torch.Tensor:
+    """(B,) bool; False for NaN."""
+    return torch.maximum(found.defect, found.violation) <= FEASIBILITY
+
+
+def wall(variant: str, size: Size, seed: int) -> dict[str, float]:
+    """How many plans an expert finds, and what the best returns on average."""
+    task, recipe = tasks.make('crazyflie_wall'), experts.RECIPES['crazyflie_wall']
+    if variant in ('al', 'ip'):
+        recipe = replace(recipe, guesses=straight)
+    if variant != 'langevin':
+        recipe = replace(recipe, detours=0)
+    planner = experts.Planner(task, recipe, 'augmented_lagrangian' if variant == 'al' else 'realtime')
+    x, spheres = task.sample(size.walls, torch.Generator().manual_seed(seed))
+    plans = [planner.plan(x[i:i + 1], spheres[[i]], np.random.default_rng([seed, i]))[0] for i in range(size.walls)]
+    return {'escaped': float(np.mean([p is not None for p in plans]))}
+
+
+def straight(task, x, T, random):
+    """The first guess of the recipe alone."""
+    yield next(experts.deflected_lines(task, x, T, random))
 
 
 def guesses(variant: str, problem, data, start: al.WarmStart, size: Size, seed: int) -> al.WarmStart:
     """Where a method takes the starts."""
     settings = replace(MAZE, steps=size.maze_steps)
-    if variant == 'al':
+    if variant == 'raw':
         return start
     if variant == 'bfgs':
         return bfgs(problem, data, start, settings, size.bfgs_steps)
     return langevin.diffuse(problem, data, settings if variant == 'langevin' else replace(settings, sigma=0.0), seed,
-                            start)
+                            start, AUGMENTED_LAGRANGIAN)
 
 
 def bfgs(problem, data, start: al.WarmStart, settings: langevin.Settings, steps: int) -> al.WarmStart:
@@ -131,7 +172,7 @@ def bfgs(problem, data, start: al.WarmStart, settings: langevin.Settings, steps:
         lagrangian = langevin.Lagrangian(langevin.program_of(problem, one, settings), settings)
         ends.append(minimise(lagrangian, langevin.pack(start.x[i:i + 1], start.u[i:i + 1]), steps))
     x, u = langevin.unpack(problem, data, torch.cat(ends))
-    return al.guess(problem, data, x, u, POLISH)
+    return al.guess(problem, data, x, u, AUGMENTED_LAGRANGIAN)
 
 
 def minimise(lagrangian: langevin.Lagrangian, z: torch.Tensor, steps: int) -> torch.Tensor:
@@ -180,7 +221,7 @@ def scattered(problem, data, width: tuple[float, ...], seed: int) -> al.WarmStar
         (problem.horizon + 1, problem.n), (problem.horizon, problem.m)))
     x = x * x.new_tensor(width)
     x[:, 0] = data.x_init
-    return al.guess(problem, data, x, 0.9 * u, POLISH)
+    return al.guess(problem, data, x, 0.9 * u, AUGMENTED_LAGRANGIAN)
 
 
 def log_square(problem, data, start: al.WarmStart) -> float:
@@ -195,11 +236,11 @@ def share(mask: torch.Tensor) -> float:
 
 def draw(figure, results: Results):
     """|h|^2 against mu, escapes of the methods, time against N."""
-    figure.set_size_inches(13.0, 3.8)
-    axes = dict(zip(TASKS, figure.subplots(1, 3), strict=True))
+    figure.set_size_inches(15.0, 3.8)
+    axes = dict(zip(TASKS, figure.subplots(1, 4), strict=True))
     for task in results.unique('task'):
         found = results.select(task=task)
-        if task == 'maze':
+        if task in VARIANTS:
             for i, v in enumerate(dict.fromkeys(r['variant'] for r in found)):
                 axes[task].bar(v, results.mean('escaped', task=task, variant=v), color=f'C{i}')
         else:
@@ -210,6 +251,7 @@ def draw(figure, results: Results):
             axes[task].set(xscale='log', yscale='log')
     axes['swing-up'].set(xlabel='mu', ylabel='|h|^2, median', title='swing-up')
     axes['maze'].set(ylabel='share of starts that escape', title='maze', ylim=(0.0, 1.0))
+    axes['wall'].set(ylabel='share of starts with a plan', title='crazyflie_wall', ylim=(0.0, 1.0))
     axes['time'].set(xlabel='N', ylabel='s for 1000 steps', title='time')
 
 
@@ -220,17 +262,26 @@ def checks(results: Results) -> list[Check]:
         square = [results.mean('log_square', task='swing-up', x=mu) for mu in MUS]
         falls = all(after < before for before, after in zip(square, square[1:], strict=False))
         made.append(Check(f'|h|^2 falls with mu: 10^ {", ".join(f"{s:.2f}" for s in square)}', falls))
-    escaped = {v: results.mean('escaped', task='maze', variant=v) for v in results.unique('variant') if v in VARIANTS}
-    if 'maze' in known and 'langevin' in escaped:
-        made += [Check(f'langevin escapes from {100 * escaped["langevin"]:.0f} % of the starts, {v} from '
-                       f'{100 * escaped[v]:.0f} %', escaped['langevin'] > escaped[v])
-                 for v in escaped if v != 'langevin']
-        feasible = results.mean('feasible', task='maze', variant='langevin')
-        made.append(Check(f'{100 * feasible:.0f} % of its starts are feasible to {FEASIBILITY:g} after polishing; 100',
-                          feasible == 1.0))
+    for task in ('maze', 'wall'):
+        made += escapes(results, task)
+    if any(r['variant'] == 'langevin' for r in results.select(task='maze')):
+        finished = results.mean('feasible', task='maze', variant='langevin')
+        best = results.mean('best_escaped', task='maze', variant='langevin')
+        made += [Check(f'{100 * finished:.0f} % of its starts are feasible to {FEASIBILITY:g} when finished; 100',
+                       finished == 1.0),
+                 Check(f'the cheapest one is around the wall in {100 * best:.0f} % of the seeds; 100', best == 1.0)]
     if 'time' in known:
         numbers = [r['x'] for r in results.select(task='time')]
         low, high = min(numbers), max(numbers)
         ratio = results.mean('seconds', task='time', x=high) / results.mean('seconds', task='time', x=low)
         made.append(Check(f'{high / low:g} times as many starts take {ratio:.1f} times as long', ratio <= high / low))
     return made
+
+
+def escapes(results: Results, task: str) -> list[Check]:
+    """langevin against each other method."""
+    found = dict.fromkeys(r['variant'] for r in results.select(task=task))
+    share_of = {v: results.mean('escaped', task=task, variant=v) for v in found}
+    return [Check(f'{task}: langevin escapes from {100 * share_of["langevin"]:.0f} % of the starts, {v} from '
+                  f'{100 * share_of[v]:.0f} %', share_of['langevin'] > share_of[v])
+            for v in share_of if 'langevin' in share_of and v != 'langevin']

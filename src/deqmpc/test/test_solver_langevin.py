@@ -8,6 +8,7 @@ import torch
 
 from deqmpc import nonconvex
 from deqmpc.solvers import augmented_lagrangian as al
+from deqmpc.solvers import interior_point as ip
 from deqmpc.solvers import langevin
 from deqmpc.solvers.langevin import Program, Settings
 
@@ -81,7 +82,7 @@ def test_without_noise_the_multipliers_are_those_of_the_kkt_conditions():
 
 
 def test_a_sampled_score_has_the_mean_and_the_error_that_theory_says():
-    """Relative error sqrt((d + 1) / S), within 20 %; the mean of many is the gradient by autograd."""
+    """Relative error sqrt((d + 1) / S), within 20 %; the mean of many is the exact gradient."""
     problem, data = pendulum(200)
     z = langevin.pack(*(torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).expand(
         200, *shape) for shape in ((10, 2), (9, 1))))
@@ -97,7 +98,7 @@ def test_a_sampled_score_has_the_mean_and_the_error_that_theory_says():
         assert torch.allclose(h, h_too, atol=1e-12)
 
 
-def test_the_flow_with_a_sampled_score_ends_where_the_one_with_autograd_does():
+def test_the_flow_with_a_sampled_score_ends_where_the_exact_one_does():
     end = langevin.flow(quadratic(), zeros(4), Settings(steps=600, alpha=0.05, sigma=0.0, score='sampling',
                                                         samples=256, width=1e-3), 0)
     assert (end.z - kkt_point()[0]).abs().max() < 1e-3
@@ -109,7 +110,10 @@ def test_the_gradient_of_a_trajectory_s_lagrangian_is_that_of_finite_differences
     lagrangian = langevin.Lagrangian(langevin.program_of(problem, data, Settings()), Settings())
     g = torch.Generator().manual_seed(0)
     z, lam = (torch.rand(2, size, generator=g, dtype=torch.float64) - 0.5 for size in (20, 12))
-    exact, _ = lagrangian.gradient(z, lam)
+    exact, h = lagrangian.gradient(z, lam)
+    own = dataclasses.replace(lagrangian.program, derivative=None)
+    by_autograd, same = langevin.Lagrangian(own, Settings()).gradient(z, lam)
+    assert torch.allclose(exact, by_autograd, rtol=1e-12, atol=1e-12) and torch.allclose(h, same, atol=1e-14)
     eye = 1e-6 * torch.eye(20, dtype=torch.float64)
     for i in range(20):
         slope = (lagrangian.value(z + eye[i], lam)[0] - lagrangian.value(z - eye[i], lam)[0]) / 2e-6
@@ -125,7 +129,7 @@ def test_the_barrier_keeps_the_bounds_and_stands_off_from_them_by_its_weight():
     assert (end.z - (low + 0.05)).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize('score', ['autograd', 'sampling'])
+@pytest.mark.parametrize('score', ['exact', 'sampling'])
 def test_a_seed_gives_the_same_bits_again_and_another_seed_does_not(score):
     problem, data = pendulum(3)
     settings = Settings(steps=30, score=score, samples=8)
@@ -135,7 +139,7 @@ def test_a_seed_gives_the_same_bits_again_and_another_seed_does_not(score):
     assert not torch.equal(first.z, other.z)
 
 
-@pytest.mark.parametrize('score', ['autograd', 'sampling'])
+@pytest.mark.parametrize('score', ['exact', 'sampling'])
 def test_a_nan_sample_leaves_the_others_alone(score):
     problem, data = pendulum(3)
     settings = Settings(steps=30, score=score, samples=8)
@@ -180,14 +184,14 @@ def test_an_absent_sphere_costs_nothing_and_a_present_one_the_papers_exponential
     assert float(hills) == pytest.approx(3 * 0.1 * 1000.0 * float(torch.exp(-5.0 * square).sum()), rel=1e-12)
 
 
-def test_solve_returns_the_cheapest_start_and_it_satisfies_the_constraints():
+@pytest.mark.parametrize('method, polish', [(al, al.Settings(feasibility=1e-6)), (ip, ip.Settings())])
+def test_solve_returns_the_cheapest_start_and_it_satisfies_the_constraints(method, polish):
     problem, data = pendulum(2, horizon=9)
-    polish = al.Settings(feasibility=1e-6)
     settings = Settings(steps=50)
     best = langevin.solve(problem, data, 3, settings, seed=5, polish=polish)
     assert best.converged.all() and best.defect.max() <= 1e-6 and best.violation.max() <= 1e-6
     many = data[torch.tensor([0, 0, 0, 1, 1, 1])]
-    each = al.solve(problem, many, langevin.diffuse(problem, many, settings, 5, polish=polish), polish)
+    each = method.solve(problem, many, langevin.diffuse(problem, many, settings, 5, polish=polish), polish)
     assert torch.allclose(best.cost, each.cost.view(2, 3).amin(1), rtol=1e-12)
 
 
@@ -212,7 +216,7 @@ def test_a_path_around_the_wall_escapes_and_paths_through_it_or_that_stay_do_not
 def test_wrong_numbers_and_shapes_are_one_clear_sentence():
     for changes, said in (({'steps': 0}, 'steps = 0'), ({'alpha': 0.0}, 'alpha = 0'), ({'sigma': -1.0}, 'sigma = -1'),
                           ({'mu': math.nan}, 'mu = nan'), ({'quiet': 1.5}, 'quiet = 1.5'),
-                          ({'score': 'exact'}, "score = 'exact'")):
+                          ({'score': 'guessed'}, "score = 'guessed'")):
         with pytest.raises(ValueError, match=said):
             Settings(**changes)
     with pytest.raises(ValueError, match=r'z has shape \(2, 4\), expected \(B, 3\)'):
