@@ -6,10 +6,12 @@ least sum of c. A demonstration solves, for a random start x_0 of the task and o
   min  sum_{t<T} [1/2 |x_t - goal|_Q^2 + 1/2 |u_t - u_ref|_R^2] + 1/2 |x_T - goal|_Qf^2
   s.t. x_{t+1} = phi(x_t, u_t),  |x_t| <= limit,  bounds of the task's problem,  |p_t - o_jt| >= r_j + clearance + g_j
 
-with the interior-point method of deqmpc.realtime, from several first guesses; o_jt is where sphere j will be, known
-to the expert. Constraints on the state are elastic: where there is no room for the clearance, less of it is kept. The
-best answer that passes `check` is taken: exact under the plant, within all bounds, and outside the task's margin of
-the spheres between the knots too. A sphere whose margin is cut grows by g_j and the plan is made again.
+with the interior-point method of deqmpc.realtime, or another one of SOLVERS, from several first guesses, where the
+recipe or the caller asks for them also along detours that constrained diffusion finds (deqmpc.detours); o_jt is where
+sphere j will be, known to the expert. Constraints on the state are elastic: where there is no room for the clearance,
+less of it is kept. The best answer that passes `check` is taken: exact under the plant, within all bounds, and outside
+the task's margin of the spheres between the knots too. A sphere whose margin is cut grows by g_j and the plan is made
+again.
 
 Spheres that react to the quadrotor follow the plan, and it is made again among where they went, until both agree. Such
 a plan is followed for `stage` steps and made again from there, as an episode is longer than what can be agreed upon.
@@ -31,7 +33,7 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +42,21 @@ from tqdm import tqdm
 
 from deqmpc import datasets, realtime, tasks
 from deqmpc.datasets import Demonstrations
+from deqmpc.detours import detours
 from deqmpc.dynamics.integrators import RK4
 from deqmpc.problem import Problem
 from deqmpc.provenance import commit
 from deqmpc.realtime import RealtimeSolver, WarmStart
+from deqmpc.solvers import augmented_lagrangian as al
+from deqmpc.solvers import interior_point
 from deqmpc.tasks import Spheres, Task
 
 Guess = tuple[np.ndarray, np.ndarray]  # x (T+1, n), u (T, m)
+SOLVERS = {  # settings by name, but for the largest multiplier of a soft constraint
+    'realtime': realtime.Settings(tolerance=1e-9, max_steps=200),
+    'interior_point': interior_point.Settings(tolerance=1e-9, delta_min=1e-7, linear_solver='parallel'),
+    'augmented_lagrangian': al.Settings(mu_0=1e4, mu_max=1e8, feasibility=1e-7, optimality=1e-7, iterations=60,
+                                        gn_steps=30, max_steps=2000)}
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ class Recipe:
     clearance: float = 0.0  # m from spheres that is sought; the task's margin is what has to be kept
     final: float = 10.0  # Qf / Q
     elastic: float = 1e4  # largest multiplier of a constraint on the state: a start may violate some
+    detours: int = 0  # first guesses by constrained diffusion after the others (deqmpc.detours)
 
 
 @dataclass(frozen=True)
@@ -84,13 +95,24 @@ class Settings:
     restarts: int = 3  # perturbed ones of each
     seed: int = 0
     starts: str = ''  # demonstrations from whose first states to start, in their order; empty: the task's own starts
+    solver: str = 'realtime'  # name in SOLVERS
+    detours: int | None = None  # first guesses by constrained diffusion; None: as many as the recipe has
 
     def __post_init__(self):
         if self.task not in RECIPES:
             raise ValueError(f'task {self.task!r} has no recipe; expected one of {", ".join(RECIPES)}')
-        for name, least in (('trajectories', 1), ('restarts', 0), ('seed', 0)):
+        if self.solver not in SOLVERS:
+            raise ValueError(f'solver = {self.solver!r}; expected one of {", ".join(SOLVERS)}')
+        counts = ('trajectories', 1), ('restarts', 0), ('seed', 0), ('detours', 0)
+        for name, least in counts if self.detours is not None else counts[:-1]:
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= least):
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected an integer >= {least}')
+
+    @property
+    def recipe(self) -> Recipe:
+        """The task's, with these detours."""
+        recipe = RECIPES[self.task]
+        return recipe if self.detours is None else replace(recipe, detours=self.detours)
 
 
 # --- first guesses ------------------------------------------------------------------------------
@@ -160,6 +182,7 @@ _QPOLE = dict(Q=(10.0,) * 6 + (80.0,) + (1.0,) * 7, R=1.0, guesses=swing_ups, ve
 RECIPES = {
     'crazyflie_obs': Recipe(**_CRAZYFLIE, horizon=60, length=60, rest=0.03),
     'crazyflie_dynobs': Recipe(**_CRAZYFLIE, horizon=80, length=60, rest=_FREE),
+    'crazyflie_wall': Recipe(**_CRAZYFLIE, horizon=100, length=100, rest=0.03, detours=8),
     'quadrotor': Recipe(Q=(10.0,) * 6 + (1.0,) * 6, R=0.01, guesses=interpolations, horizon=100, length=100, rest=0.1,
                         perturbation=(0.1,) * 3 + (0.05,) * 3 + (0.2,) * 6, lag=0.05),
     'qpole': Recipe(**_QPOLE, horizon=160, length=120, rest=0.1),
@@ -189,11 +212,10 @@ class Planner:
     fractions = (0.2, 0.4, 0.6, 0.8)  # of a step, where clearance is checked between the knots
     tolerance = 1e-6  # on transitions and bounds
 
-    def __init__(self, task: Task, recipe: Recipe):
+    def __init__(self, task: Task, recipe: Recipe, solver: str = 'realtime'):
         self.task, self.recipe = task, recipe
         self.problem = replanned(task.problem(recipe.horizon), recipe)
-        self._solver = RealtimeSolver(self.problem, task.spheres, realtime.Settings(
-            tolerance=1e-9, elastic=recipe.elastic, max_steps=200))
+        self._solver = RealtimeSolver(self.problem, task.spheres, replace(SOLVERS[solver], elastic=recipe.elastic))
         self._between = [RK4(task.equations, f * task.dt) for f in self.fractions]
         self._u_ref = np.tile(task.u_ref.numpy(), (recipe.horizon, 1))
         self._calm = np.array(recipe.calm or [np.inf] * self.problem.n)
@@ -229,7 +251,7 @@ class Planner:
                 return found, ''
         still, _ = self._motion(spheres, np.tile(start, (self.recipe.horizon + 1, 1)))
         answers = [self._solve(start, still, radii, WarmStart(*guess))
-                   for guess in self.recipe.guesses(self.task, start, self.recipe.horizon, random)]
+                   for guess in self._guesses(start, still, radii, random)]
         answers = sorted((a for a in answers if np.isfinite(a.x).all()),
                          key=lambda a: (a.defect > self.tolerance, a.cost))
         reason = 'no guess led to a finite plan'
@@ -240,6 +262,22 @@ class Planner:
             if found is not None:
                 return found, ''
         return None, reason
+
+    def _guesses(self, start, centers, radii, random) -> Iterator[Guess]:
+        """Those of the recipe; then the first of them along detours past the spheres."""
+        recipe, p, v = self.recipe, slice(0, 3), slice(self.recipe.velocity, self.recipe.velocity + 3)
+        made = list(recipe.guesses(self.task, start, recipe.horizon, random))
+        yield from made
+        if not recipe.detours:
+            return
+        problem = self.problem
+        paths = detours(np.concatenate([start[p], start[v]]), self._goal_of(start)[p], centers, radii,
+                        problem.x_high[v].clamp_max(1.0).numpy(), float(problem.x_low[2]), self.task.dt,
+                        recipe.horizon, recipe.detours, int(random.integers(2 ** 31)))
+        for position, velocity in zip(*paths, strict=True):
+            x, u = (a.copy() for a in made[0])
+            x[1:, p], x[1:, v] = position[1:], velocity[1:]
+            yield x, u
 
     def _refined(self, start, spheres, radii, answer, grace):
         """The plan made again among spheres that move as they do beside it and are grown where they were cut, with
@@ -446,16 +484,24 @@ def _check_starts(settings):
 
 def _claim(parts, settings):
     """Note in the folder what it is for, or see that it is for the same."""
-    own = asdict(settings) | {'recipe': described(RECIPES[settings.task])}
+    own = asdict(settings) | {'recipe': described(settings.recipe)}
     del own['trajectories']  # more of them may follow
     note = parts / 'settings.json'
     if note.exists():
         other = json.loads(note.read_text())
-        if other != own:
+        if _completed(other) != own:
             raise ValueError(f'{parts} holds parts of {other}; expected {own}. Delete the folder or choose another '
                              f'--output')
     parts.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(own))
+
+
+def _completed(note) -> dict:
+    """A note with the defaults of what was not known when it was written."""
+    def defaults(cls):
+        return {f.name: _plain(f.default) for f in fields(cls) if f.default is not MISSING}
+    given = defaults(Settings) | note | {'recipe': defaults(Recipe) | note['recipe']}
+    return {k: v for k, v in given.items() if k != 'trajectories'}
 
 
 def _part(parts, index) -> Path:
@@ -476,8 +522,8 @@ _worker: dict = {}  # of this process: planner, settings, folder, commit of the 
 
 def _prepare(settings, parts):
     torch.set_num_threads(1)
-    _worker.update(planner=Planner(tasks.make(settings.task), RECIPES[settings.task]), settings=settings, parts=parts,
-                   commit=commit())
+    _worker.update(planner=Planner(tasks.make(settings.task), settings.recipe, settings.solver), settings=settings,
+                   parts=parts, commit=commit())
 
 
 def _make_part(index) -> int:
@@ -497,7 +543,7 @@ def join(parts: list[Demonstrations], settings: Settings, command: str = '') -> 
         raise ValueError(f'{settings.task}: none of {len(parts)} starts led to a plan; {failures[0]}')
     about = asdict(settings) | {
         'commit': ' '.join(sorted({p.about['commit'] for p in parts})), 'command': command,
-        'recipe': described(RECIPES[settings.task]),
+        'recipe': described(settings.recipe),
         'success_share': len(restart) / (len(restart) + len(failures)), 'failures': failures,
         'nominal_return_mean': float(nominal.mean()), 'nominal_return_sd': float(nominal.std()), **_given(settings)}
     return Demonstrations(*(np.concatenate([getattr(p, name) for p in parts]) for name in (
@@ -517,13 +563,15 @@ def _given(settings) -> dict[str, float]:
 
 def described(recipe: Recipe) -> dict:
     """A recipe in what JSON knows: functions by name, numbers that are not finite as text."""
-    def plain(value):
-        if isinstance(value, (tuple, list)):
-            return [plain(v) for v in value]
-        if callable(value):
-            return value.__name__
-        return value if not isinstance(value, float) or np.isfinite(value) else str(value)
-    return {f.name: plain(getattr(recipe, f.name)) for f in fields(recipe)}
+    return {f.name: _plain(getattr(recipe, f.name)) for f in fields(recipe)}
+
+
+def _plain(value):
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if callable(value):
+        return value.__name__
+    return value if not isinstance(value, float) or np.isfinite(value) else str(value)
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -537,6 +585,9 @@ def _arguments(argv) -> argparse.Namespace:
     parser.add_argument('--seed', type=int, default=Settings.seed)
     parser.add_argument('--starts', default='', metavar='FILE',
                         help="demonstrations from whose first states to start; default: the task's own starts")
+    parser.add_argument('--solver', default=Settings.solver, help=f'{", ".join(SOLVERS)} (%(default)s)')
+    parser.add_argument('--detours', type=int, metavar='N',
+                        help="first guesses by constrained diffusion, past walls (default: the recipe's)")
     parser.add_argument('--processes', type=int, default=1)
     parser.add_argument('--output', type=Path, help='default: runs/experts/TASK.npz')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a sentence')
@@ -549,7 +600,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _arguments(argv)
     output = options.output or Path('runs/experts') / f'{options.task}.npz'
     try:
-        settings = Settings(options.task, options.trajectories, options.restarts, options.seed, options.starts)
+        settings = Settings(options.task, options.trajectories, options.restarts, options.seed, options.starts,
+                            options.solver, options.detours)
         made = make(settings, output, max(options.processes, 1), sys.stderr.isatty(),
                     ' '.join(['deqmpc experts', *argv]))
     except (ValueError, FileNotFoundError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,47 @@ def test_restarts_are_behind_beside_at_another_pace_and_inside_margins_but_not_i
     assert 0.02 < np.median(away) < 0.08
     speeds = np.linalg.norm(moved[:, 6:9], axis=1)
     assert speeds.max() > 1.1 * np.linalg.norm(nominal.x[:, 6:9], axis=1).max()
+
+
+def test_behind_a_wall_lines_lead_to_no_plan_and_detours_do(tmp_path):
+    settings = experts.Settings('crazyflie_wall', trajectories=1, restarts=0)
+    with pytest.raises(ValueError, match='none of 1 starts led to a plan'):
+        experts.make(replace(settings, detours=0), tmp_path / 'a.npz')
+    d = experts.make(settings, tmp_path / 'b.npz')
+    (_, x, _, spheres), = trajectories(d)
+    gaps = [float(spheres.gap(torch.from_numpy(p[None, :3]))) for p in x]
+    assert min(gaps) > 0.05 - 2e-3 and np.abs(x[-1]).max() < 0.03 and np.linalg.norm(x[0, :3]) > 1.2
+    assert d.about['detours'] is None and d.about['recipe']['detours'] == 8
+
+
+@pytest.mark.parametrize('solver, near', [('interior_point', 1e-6), ('augmented_lagrangian', 1e-4)])
+def test_another_solver_finds_the_same_plan(solver, near):
+    task = tasks.make('crazyflie_obs')
+    recipe = replace(experts.RECIPES[task.name], horizon=12, length=12, rest=np.inf, guesses=first_line)
+    x, spheres = task.sample(1, torch.Generator().manual_seed(2))
+    plans = [experts.Planner(task, recipe, name).plan(x, spheres, np.random.default_rng(0)) for name in (
+        'realtime', solver)]
+    assert not plans[0][1] and not plans[1][1]
+    assert np.abs(plans[0][0].x - plans[1][0].x).max() < near and plans[0][0].value == pytest.approx(
+        plans[1][0].value, rel=near)
+    with pytest.raises(ValueError, match="solver = 'simplex'; expected one of realtime, interior_point"):
+        experts.Settings('crazyflie_obs', solver='simplex')
+
+
+def first_line(task, x, T, random):
+    yield next(experts.deflected_lines(task, x, T, random))
+
+
+def test_parts_made_before_a_setting_existed_are_continued(tmp_path):
+    settings, path = experts.Settings('crazyflie_obs', trajectories=1, restarts=0), tmp_path / 'a.npz'
+    experts.make(settings, path)
+    note = path.with_suffix('.parts') / 'settings.json'
+    old = json.loads(note.read_text())
+    for removed in (old, old['recipe']):
+        removed.pop('detours')
+    note.write_text(json.dumps(old))
+    experts.make(settings, path)
+    assert 'detours' in json.loads(note.read_text())
 
 
 def test_parts_of_other_settings_are_not_mixed_in(tmp_path):

@@ -75,6 +75,23 @@ def test_the_ground_a_sphere_and_a_wrong_number_fail():
     assert task.failed(x, spheres).tolist() == [False, True, True, True]
 
 
+def test_the_wall_has_no_way_through_and_stands_between_every_start_and_the_goal():
+    task, x, spheres = drawn(20, name='crazyflie_wall')
+    share = torch.linspace(0.0, 1.0, 200, dtype=torch.float64).view(1, -1, 1)
+    way = (share * x[:, None, :3]).flatten(0, 1)
+    assert spheres[torch.arange(20).repeat_interleave(200)].gap(way).view(20, 200).amin(1).max() < 0.0
+    one = spheres[[0]]
+    c = one.centers[0].view(6, 9, 3)  # rows of five behind and two pairs beside
+    back, sides = c[:, [1, 2, 3]], torch.stack([c[:, [0, 5, 7]], c[:, [4, 6, 8]]])
+    for sheet in (torch.cat([c[:, :1], back, c[:, 4:5]], dim=1), *sides):
+        middle = 0.25 * (sheet[1:, 1:] + sheet[1:, :-1] + sheet[:-1, 1:] + sheet[:-1, :-1]).flatten(0, 1)
+        assert one[torch.zeros(len(middle), dtype=torch.long)].gap(middle).max() < task.margin
+    assert torch.equal(task.move(spheres, x).centers, spheres.centers)
+    assert spheres.gap(x[:, :3]).min() >= 0.3 and x[:, :3].norm(dim=1).min() >= 1.0
+    with pytest.raises(ValueError, match='spheres = 3'):
+        tasks.make('crazyflie_wall', spheres=3)
+
+
 def test_moving_spheres_turn_back_at_the_walls_as_in_flight():
     task, x, spheres = drawn(3, name='crazyflie_dynobs')
     assert torch.allclose(spheres.velocity.norm(dim=-1), torch.tensor(0.3, dtype=torch.float64))

@@ -2,13 +2,13 @@
 
 from deqmpc.tasks.base import Spheres, Task
 from deqmpc.tasks.cartpole import Cartpole
-from deqmpc.tasks.crazyflie import CrazyflieDynObs, CrazyflieObs
+from deqmpc.tasks.crazyflie import CrazyflieDynObs, CrazyflieObs, CrazyflieWall
 from deqmpc.tasks.pendulum import Pendulum
 from deqmpc.tasks.quadrotor import Quadrotor
 from deqmpc.tasks.quadrotor_pole import QPole, QPoleDynObs, QPoleObs
 
 TASKS: dict[str, type[Task]] = {cls.name: cls for cls in (
-    Pendulum, Cartpole, Quadrotor, QPole, QPoleObs, QPoleDynObs, CrazyflieObs, CrazyflieDynObs)}
+    Pendulum, Cartpole, Quadrotor, QPole, QPoleObs, QPoleDynObs, CrazyflieObs, CrazyflieDynObs, CrazyflieWall)}
 
 __all__ = ['TASKS', 'Spheres', 'Task', 'make']
 

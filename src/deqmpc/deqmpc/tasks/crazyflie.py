@@ -1,4 +1,5 @@
-"""Crazyflie among spheres: the flight task, from a hover at least 1 m away to the goal, standing or moving spheres.
+"""Crazyflie among spheres: the flight task, from a hover at least 1 m away to the goal, standing or moving spheres,
+or a wall of them.
 
   x = (p - g, m, v, w)  u = thrusts / hover thrust     deqmpc.dynamics.crazyflie, in the frame of the goal g
   dt = 0.1 s, 200 steps: at most 200 exp(2) = 1477.8
@@ -10,6 +11,14 @@ The goal is g = (0, 0, 1) m in the world. Spheres fill the flight volume by the 
 those of a trial: in the volume, 1 m from the goal, 0.3 m clear of the spheres, hovering but for small errors. The
 reward is that of the flight log, which leaves out the share of the inputs (below 1e-6). Moving spheres fly straight
 at 0.3 m/s and turn back at the walls of the volume.
+
+The wall is a U of 54 spheres of 0.20 m, from the ground to 2 m, seen from above, drawn for a start in the direction x:
+
+        o o o       y = 0.66     It opens away from the goal g, at a random heading; the start s is inside.
+        o           y = 0.33     Neighbours are 0.33 m apart, so that with the margin no way leads between them.
+  g     o   s       y = 0        Straight to the goal, a drone stops at the wall: the way leads back and around, or
+        o           y = -0.33    over it.
+        o o o       y = -0.66
 
 Source: DEQ-MPC, A.7 (40 virtual spheres of 0.10 m, T = 5, 10 Hz). Speeds of moving spheres are not in the paper.
 """
@@ -33,6 +42,8 @@ GOAL = (0.0, 0.0, 1.0)  # m, world
 FIELD = FieldSettings()
 LOW, HIGH = (tuple(a - g for a, g in zip(corner, GOAL, strict=True)) for corner in (FIELD.low, FIELD.high))  # walls, m
 START_LOW, START_HIGH = (-1.5, -1.5, -0.5), (1.5, 1.5, 0.6)  # m from the goal, of a trial's starts
+WALL = tuple((x, y, -GOAL[2] + 0.2 + 0.33 * row) for row in range(6) for x, y in (
+    *((0.75, 0.33 * k) for k in range(-2, 3)), *((x, y) for x in (1.08, 1.41) for y in (-0.66, 0.66))))  # m, centres
 START_DISTANCE, START_CLEARANCE = 1.0, 0.3  # m, least ones to the goal and to a sphere's surface
 
 
@@ -116,6 +127,35 @@ class CrazyflieDynObs(CrazyflieObs):
 
     name = 'crazyflie_dynobs'
     speed: float = 0.3
+
+
+@dataclass(frozen=True)
+class CrazyflieWall(CrazyflieObs):
+    """The task with a wall between start and goal."""
+
+    name = 'crazyflie_wall'
+    spheres: int = 54
+    radius: float = 0.2
+
+    def __post_init__(self):
+        if self.spheres != len(WALL):
+            raise ValueError(f'spheres = {self.spheres!r}; the wall has {len(WALL)}')
+
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Spheres]:
+        """See Task. The goal's side of the wall is 0.75 m from the goal; starts are 1.25 to 1.4 m from it."""
+        heading = uniform(count, [-math.pi], [math.pi], generator)[:, 0]
+        place = uniform(count, [1.25, -0.15, -0.3], [1.4, 0.15, 0.1], generator)
+        rest = uniform(count, [-0.05] * 2 + [-0.02] + [-0.1] * 6, [0.05] * 2 + [0.02] + [0.1] * 6, generator)
+        c, s, zero = heading.cos(), heading.sin(), torch.zeros_like(heading)
+        turn = torch.stack([c, -s, zero, s, c, zero, zero, zero, zero + 1.0], dim=1).view(count, 3, 3)
+        centers = place.new_tensor(WALL) @ turn.transpose(1, 2)
+        position = (turn @ place.unsqueeze(2)).squeeze(2)
+        radii = centers.new_full(centers.shape[:2], self.radius)
+        return torch.cat([position, rest], dim=1), Spheres(centers, torch.zeros_like(centers), radii)
+
+    def move(self, spheres: Spheres, x: Tensor) -> Spheres:
+        """The wall stands, also beyond the volume that moving spheres stay in."""
+        return spheres
 
 
 def draw_centers(count: int, spheres: int, radius: float, generator: torch.Generator) -> Tensor:
