@@ -45,7 +45,8 @@ from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.solvers import langevin
 
 X_LABEL = 'mu or N'
-VARIANTS = {'maze': ('raw', 'descent', 'bfgs', 'langevin'), 'wall': ('al', 'ip', 'lines', 'langevin')}
+METHODS = {'maze': ('raw', 'descent', 'bfgs', 'langevin'), 'wall': ('al', 'ip', 'lines', 'langevin')}
+VARIANTS = tuple(dict.fromkeys(v for names in METHODS.values() for v in names))
 TASKS = ('swing-up', 'maze', 'wall', 'time')
 COLUMNS = (Column('log10 of sum h^2, median', 'log_square'), Column('escaped, %', 'escaped', 100.0),
            Column('feasible to 1e-6, %', 'feasible', 100.0), Column('by AL alone: escaped, %', 'escaped_al', 100.0),
@@ -90,9 +91,9 @@ def rows(plan: Plan, out: Path) -> list[dict]:
         for seed in range(plan.seeds):
             if task == 'swing-up':
                 made += [row(task, 'langevin', mu, seed, log_square=swing_up(mu, size, seed)) for mu in MUS]
-            elif task in VARIANTS:
+            elif task in METHODS:
                 made += [row(task, v, '', seed, **(maze if task == 'maze' else wall)(v, size, seed))
-                         for v in VARIANTS[task] if v in (plan.variants or VARIANTS[task])
+                         for v in METHODS[task] if v in (plan.variants or VARIANTS)
                          and (task != 'wall' or size.walls)]
             else:
                 device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -240,7 +241,7 @@ def draw(figure, results: Results):
     axes = dict(zip(TASKS, figure.subplots(1, 4), strict=True))
     for task in results.unique('task'):
         found = results.select(task=task)
-        if task in VARIANTS:
+        if task in METHODS:
             for i, v in enumerate(dict.fromkeys(r['variant'] for r in found)):
                 axes[task].bar(v, results.mean('escaped', task=task, variant=v), color=f'C{i}')
         else:

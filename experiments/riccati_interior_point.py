@@ -1,23 +1,26 @@
 """Dual-regularised interior point: exact linear solves however small delta is, optima from cold starts.
 
-Sousa-Pinto and Orban, arXiv 2509.16370 (deqmpc.solvers.riccati, riccati_scan and interior_point). Three parts:
+Sousa-Pinto and Orban, arXiv 2509.16370 (deqmpc.solvers.riccati, riccati_scan and interior_point). Four parts:
 
   linear system  residual of the KKT system of random regulators (N = 30, n = 4, m = 2) against delta: by the
                  sequential recursion, the parallel one, and Cholesky on the normal equations H + C'C/delta
+  depth          tensor operations, one after the other, of a factorisation and a solve against N = 8 to 1024 stages
   swing-ups      the authors' acrobot, and cart-pole with |u| <= 5 that ends exactly upright; explicit Euler, 0.1 s
   crazyflie_obs  starts and spheres of the task, T = 20, first guess hovering where it starts, against the
                  augmented-Lagrangian solver, which asks for 1e-4 only
 
 Checks: residuals of both recursions are below 1e-10 and 1e-8 at every delta, and the normal equations miss 1e-8 at the
-smallest; acrobot within 30 steps and cart-pole within 120, with the authors' costs, 44.513 and 66.8026; at least 99 %
-of the flights are solved; where both solvers succeed, the interior point's cost is at most 1 % above in 95 % of them.
-Acrobot is solved with the authors' penalties and the exact Hessian alone, cart-pole with this solver's defaults.
+smallest; the recursion's operations double with N, the scan's grow by the same number at every doubling; acrobot within
+30 steps and cart-pole within 120, with the authors' costs, 44.513 and 66.8026; at least 99 % of the flights are solved;
+where both solvers succeed, the interior point's cost is at most 1 % above in 95 % of them. Acrobot is solved with the
+authors' penalties and the exact Hessian alone, cart-pole with this solver's defaults.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deqmpc import tasks
 from deqmpc.dynamics.cartpole import Cartpole
@@ -28,14 +31,15 @@ from deqmpc.reproduce import Check, Column, Plan, Results
 from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.solvers import interior_point, riccati, riccati_scan
 
-X_LABEL = 'delta'
+X_LABEL = 'delta or N'
 SEEDS = {'smoke': 2, 'small': 100, 'medium': 300, 'full': 1000}
 DELTAS = (1.0, 1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
+STAGES = tuple(2 ** k for k in range(3, 11))
 AUTHORS = {'acrobot': 44.513, 'cart-pole': 66.8026}  # their solver's costs
 STEPS = {'acrobot': 30, 'cart-pole': 120}  # theirs: 24 and 107
 FLIGHT, OURS, OTHER = 'crazyflie_obs', 'interior point', 'augmented Lagrangian'
 COLUMNS = (Column('relative KKT residual, 1e-12', 'residual', 1e12), Column('solved, %', 'solved', 100.0),
-           Column('Newton steps', 'steps'), Column('cost', 'cost'))
+           Column('operations in a row', 'operations'), Column('Newton steps', 'steps'), Column('cost', 'cost'))
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,9 @@ def _to(problem, start, goal) -> Instances:
 
 
 def rows(plan: Plan, out) -> list[dict]:
-    """Residuals, swing-ups and flights."""
-    made = [*linear_rows(min(plan.seeds, 20)), *swing_up_rows(), *flight_rows(plan.seeds)]
-    empty = {'x': '', 'seed': 0, 'residual': np.nan, 'solved': np.nan, 'steps': np.nan, 'cost': np.nan}
+    """Residuals, depths, swing-ups and flights."""
+    made = [*linear_rows(min(plan.seeds, 20)), *depth_rows(), *swing_up_rows(), *flight_rows(plan.seeds)]
+    empty = {'x': '', 'seed': 0} | {c.metric: np.nan for c in COLUMNS}
     return [{**empty, **row, 'commit': commit()} for row in made]
 
 
@@ -164,6 +168,28 @@ def relative_residual(system, x, u, y) -> torch.Tensor:
     return torch.nan_to_num(error / size, nan=float('inf'))
 
 
+class Operations(TorchDispatchMode):
+    """Counts tensor operations: on an accelerator, launches one after the other."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def depth_rows() -> list[dict]:
+    """A row for every number of stages and recursion."""
+    made = []
+    for N in STAGES:
+        system = regulators(1, 1e-4, N)
+        for variant, module in (('sequential', riccati), ('parallel', riccati_scan)):
+            with Operations() as counter:
+                recursion(module)(system)
+            made.append({'task': 'depth', 'variant': variant, 'x': N, 'operations': counter.count})
+    return made
+
+
 def swing_up_rows() -> list[dict]:
     """A row for each."""
     made = []
@@ -190,21 +216,29 @@ def flight_rows(count: int) -> list[dict]:
 
 
 def draw(figure, results: Results):
-    """Residual over delta; steps of the flights; share solved within so many steps."""
-    figure.set_size_inches(9.6, 4.0)
-    left, right = figure.subplots(1, 2)
+    """Residual over delta; operations over N; share of flights solved within so many steps."""
+    figure.set_size_inches(14.4, 4.0)
+    left, middle, right = figure.subplots(1, 3)
     for variant in ('sequential', 'parallel', 'normal equations'):
         worst = [max(r['residual'] for r in results.select(task='linear system', variant=variant, x=d)) for d in DELTAS]
         left.loglog(DELTAS, worst, marker='o', label=variant)
     left.set(title='linear system', xlabel='delta', ylabel='largest relative KKT residual')
+    for variant in ('sequential', 'parallel'):
+        middle.loglog(STAGES, depth(results, variant), marker='o', label=variant)
+    middle.set(title='depth', xlabel='N', ylabel='operations in a row')
     for variant in (OURS, OTHER):
         found = results.select(task=FLIGHT, variant=variant)
         steps = np.sort([r['steps'] for r in found if r['solved']])
         right.step(steps, np.arange(1, len(steps) + 1) / len(found), where='post', label=variant)
     right.set(title=f'{FLIGHT}, cold starts', xlabel='Newton steps', ylabel='share solved', ylim=(0, 1.02))
-    for axes in (left, right):
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
+
+
+def depth(results: Results, variant: str) -> list[int]:
+    """Operations at every number of stages."""
+    return [results.select(task='depth', variant=variant, x=N)[0]['operations'] for N in STAGES]
 
 
 def checks(results: Results) -> list[Check]:
@@ -215,6 +249,11 @@ def checks(results: Results) -> list[Check]:
             for v, limit in (('sequential', 1e-10), ('parallel', 1e-8))]
     dense = worst('normal equations', x=DELTAS[-1])
     made.append(Check(f'of the normal equations at delta = {DELTAS[-1]:g}: {dense:.1e}, > 1e-8', dense > 1e-8))
+    loop, scan = depth(results, 'sequential'), depth(results, 'parallel')
+    more = {b - a for a, b in zip(scan, scan[1:], strict=False)}
+    made.append(Check(f'from {STAGES[0]} to {STAGES[-1]} stages the recursion goes from {loop[0]} to {loop[-1]} '
+                      f'operations in a row, the scan from {scan[0]} to {scan[-1]}, by {max(more)} at a doubling',
+                      len(more) == 1 and all(b > 1.8 * a for a, b in zip(loop, loop[1:], strict=False))))
     for name, cost in AUTHORS.items():
         row, = results.select(task=name)
         made.append(Check(f'{name}: {row["steps"]} steps, cost {row["cost"]:.4f}; at most {STEPS[name]}, {cost}',
