@@ -11,6 +11,8 @@ authors' guess, with their costs, constraints and tolerances:
              a least-squares fit to nearby steps (Table IV, whose numbers are not known here)
   gradient   derivatives of a step against central differences, at the same mu
   stick      d x+/d u of the cart-pole at rest under friction that sticks, against the mu_grad it is taken at
+  planner    the quadrotor in the receding horizon, 1 to 4 iLQR iterations a control step (deqmpc.shooting): motor
+             limits as a projection inside the dynamics, or as bounds, all else equal; violation is that of plans
 
 Variants. `published` has the integrator of the authors' code, which alone the tables can be compared with; `consistent`
 the variational one (deqmpc.dynamics.optimization_based.variational). `unsmoothed` takes derivatives at mu 1e-6.
@@ -22,9 +24,11 @@ inequalities, an AL iteration that ran out of steps is not taken for solved, and
 Checks: objectives of the hopper within 2 % of the paper's, of the third gait within 25 %; acrobot with stops at most
 85, free at most 50; cart-pole 4.95, 5.3 and 11.5 within 2 % up to 0.1, at most the paper's above; unsmoothed does worse
 there; the rocket's thrust stays in its cone, and leaves it under bounds; a push ends within 5e-3; the bundle's costs
-are within 5 % of the others; every row of these is solved; derivatives agree with differences to 1e-5.
+are within 5 % of the others; every row of these is solved; derivatives agree with differences to 1e-5; plans with
+projected limits never break them, and lead to no smaller median return than plans with bounds.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -35,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deqmpc import shooting, tasks
 from deqmpc.dynamics.optimization_based.acrobot import Acrobot
 from deqmpc.dynamics.optimization_based.cartpole import CartPole
 from deqmpc.dynamics.optimization_based.hopper import Hopper
@@ -45,18 +50,19 @@ from deqmpc.dynamics.optimization_based.rocket import Rocket
 from deqmpc.problem import Instances, Problem
 from deqmpc.provenance import commit
 from deqmpc.reproduce import Check, Column, Plan, Results
+from deqmpc.rollouts import rollout
 from deqmpc.solvers import cone_program, ilqr
 from deqmpc.solvers.interior_point import Constraint, Function
 
 X_LABEL = 'row'
 SEEDS = {'smoke': 1, 'small': 1, 'medium': 3, 'full': 5}
-TASKS = ('acrobot', 'cart-pole', 'hopper', 'rocket', 'push', 'gradient', 'stick')
-VARIANTS = ('published', 'consistent', 'unsmoothed', 'cone', 'bounds', 'implicit', 'bundle')
+TASKS = ('acrobot', 'cart-pole', 'hopper', 'rocket', 'push', 'gradient', 'stick', 'planner')
+VARIANTS = ('published', 'consistent', 'unsmoothed', 'cone', 'bounds', 'implicit', 'bundle', 'projection')
 COLUMNS = (Column('objective', 'objective'), Column("paper's", 'their objective'), Column('iterations', 'iterations'),
            Column("paper's", 'their iterations'), Column('violation, 1e-3', 'violation', 1e3),
            Column("paper's", 'their violation', 1e3), Column('s', 'seconds'), Column("paper's", 'their seconds'),
            Column('solved, %', 'solved', 100.0), Column('derivative, 1e-3', 'slope', 1e3),
-           Column('its error, 1e-6', 'error', 1e6))
+           Column('its error, 1e-6', 'error', 1e6), Column('median return', 'return'))
 PAPER = {  # objective, iterations, violation, seconds
     ('acrobot', 'free'): (48.9, 256, 5e-4, 0.5), ('acrobot', 'stops'): (84.2, 907, 1e-3, 6.5),
     ('cart-pole', 0.0): (5.0, 456, 1e-4, 0.36), ('cart-pole', 0.01): (5.5, 485, 5e-4, 2.8),
@@ -67,6 +73,8 @@ PAPER = {  # objective, iterations, violation, seconds
 FRICTION = (0.0, 0.01, 0.1, 0.25, 0.35)
 GAITS = {1: (0.1, 0.1), 2: (1.0, 1.0), 3: (1e-3, 0.1)}  # weights of inputs and states
 PUSHES = ('translate', 'rotate')
+ITERATIONS = (1, 2, 4)
+LIMITS = ('projection', 'bounds')
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,12 @@ class Size:
     horizon: int  # knots at most
     steps: int  # iLQR iterations at most
     bundle: int  # samples of a derivative
+    episodes: int  # of the planner
+    flight: int  # steps of an episode
 
 
-SIZES = {'smoke': Size(3, 2, 12), 'small': Size(100, 2000, 48), 'medium': Size(100, 2000, 96),
-         'full': Size(100, 2000, 96)}
+SIZES = {'smoke': Size(3, 2, 12, 1, 2), 'small': Size(100, 2000, 48, 12, 30), 'medium': Size(100, 2000, 96, 50, 100),
+         'full': Size(100, 2000, 96, 200, 100)}
 
 
 # --- dynamics beside those of the library -----------------------------------------------------------
@@ -345,37 +355,41 @@ def rows(plan: Plan, out: Path) -> list[dict]:
         elif task == 'gradient':
             made += [row(task, name, '', seed, error=error) for seed in range(plan.seeds)
                      for name, error in gradient_errors(seed).items()]
+        elif task == 'planner':
+            made += [planner_row(variant, count, size) for count in ITERATIONS for variant in LIMITS]
         else:
             made += [row(task, 'published', mu, 0, slope=slope_at_rest(mu)) for mu in (1e-1, 1e-2, 1e-3, 1e-4)]
     return made
 
 
 def table_rows(task: str, plan: Plan, size: Size, out: Path) -> list[dict]:
-    """The rows of one table."""
+    """The rows of one table. Those that `out` has from before are not made again."""
     build, xs, variants = BUILDERS[task]
     made = []
     for variant in (v for v in variants if not plan.variants or v in plan.variants):
         for x in xs if variant != 'unsmoothed' else xs[-1:]:
             for seed in range(plan.seeds if task in RANDOM else 1):
-                made.append(solved(build(variant, x, size, seed), seed, out))
+                kept = out / f'{task}-{variant}-{x}-{seed}.json'
+                if not kept.exists():
+                    kept.write_text(json.dumps(solved(build(variant, x, size, seed), seed, kept.with_suffix('.npz'))))
+                made.append(json.loads(kept.read_text()))
     return made
 
 
-def solved(case: Case, seed: int, out: Path) -> dict:
-    """The row of a case; its trajectory is kept in `out`."""
+def solved(case: Case, seed: int, path: Path) -> dict:
+    """The row of a case; its trajectory is kept in `path`."""
     start = ilqr.guess(case.problem, case.data, case.u, case.settings)
     begun = time.process_time()
     s = ilqr.solve(case.problem, case.data, start, case.settings, case.constraints)
     seconds = time.process_time() - begun
     u = case.applied(s.u[0])
-    path = out / f'{case.task}-{case.variant}-{case.x}-{seed}.npz'
     np.savez(path, x=s.x[0].numpy(), u=u.numpy())
     theirs = PAPER.get((case.task, case.variant if case.task == 'rocket' else case.x), (math.nan,) * 4)
     names = ('their objective', 'their iterations', 'their violation', 'their seconds')
     return row(case.task, case.variant, case.x, seed, objective=float(s.cost[0]) + case.offset,
                iterations=float(s.steps[0]), violation=float(s.violation[0]), seconds=seconds,
                solved=float(s.converged[0]), extreme=extreme(case.task, s.x[0], u), trajectory=path.name,
-               folder=str(out), status=s.status_of(0).value, **dict(zip(names, theirs, strict=True)))
+               folder=str(path.parent), status=s.status_of(0).value, **dict(zip(names, theirs, strict=True)))
 
 
 def extreme(task: str, x: Tensor, u: Tensor) -> float:
@@ -419,6 +433,20 @@ def slope_at_rest(mu: float) -> float:
     dynamics = OptimizationBasedDynamics(CartPole(friction=0.35, published=True), min(mu, 1e-4), mu)
     _, _, B = dynamics.linearize(torch.zeros(4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
     return float(B[2, 0])
+
+
+def planner_row(limits: str, iterations: int, size: Size) -> dict:
+    """Episodes of the quadrotor from the same starts."""
+    task = tasks.make('quadrotor')
+    x, _ = task.sample(size.episodes, torch.Generator().manual_seed(0))
+    settings = shooting.Settings(iterations, first_iterations=4 * iterations, projected=limits == 'projection')
+    planner = shooting.ShootingPlanner(task, settings, horizon=min(10, size.horizon))
+    begun = time.process_time()
+    found = rollout(task, planner, x, steps=size.flight)
+    seconds = (time.process_time() - begun) / size.flight
+    return row('planner', limits, iterations, 0, violation=float(found.plan_violation.nan_to_num(0.0).max()),
+               solved=float((~found.failed).double().mean()), seconds=seconds,
+               **{'return': float(found.returns.median())})
 
 
 # --- figure and checks ------------------------------------------------------------------------------
@@ -487,10 +515,8 @@ PANELS = {'acrobot': draw_elbow, 'cart-pole': draw_pole, 'hopper': draw_gait, 'r
 
 def checks(results: Results) -> list[Check]:
     """See the top of the file."""
-    made = []
-    for judge in (check_acrobot, check_cart_pole, check_hopper, check_rocket, check_push, check_derivatives):
-        made += judge(results)
-    return made
+    judges = (check_acrobot, check_cart_pole, check_hopper, check_rocket, check_push, check_derivatives, check_planner)
+    return [check for judge in judges for check in judge(results)]
 
 
 def worst(found: list[dict], metric: str) -> float:
@@ -589,4 +615,17 @@ def check_derivatives(results: Results) -> list[Check]:
             slope = found[0]['slope']
             made.append(Check(f'sticking, mu_grad {mu:g}: {slope:.2e}; {known:.2e} within 1 %',
                               abs(slope / known - 1.0) <= 0.01))
+    return made
+
+
+def check_planner(results: Results) -> list[Check]:
+    """Limits inside the dynamics against bounds."""
+    made = []
+    for count in ITERATIONS:
+        if found := results.select(task='planner', x=count):
+            ours, theirs = found
+            made.append(Check(f'{count} iterations a step: return {ours["return"]:.1f}, with bounds '
+                              f'{theirs["return"]:.1f}; plans break limits by {ours["violation"]:.2g}, with bounds by '
+                              f'{theirs["violation"]:.2g}', ours['violation'] == 0.0 and ours['solved'] == 1.0
+                              and ours['return'] >= theirs['return']))
     return made

@@ -32,8 +32,8 @@ class Settings:
     first_iterations: int = 30  # of iLQR in the first step, and after a plan that was not finite
     projected: bool = True  # limits of inputs inside the dynamics; False: as constraints, to compare
     sharpness: float = 1e-4  # mu of the projection, relative to the squared half-width of the limits
-    smoothing: float = 1e-2  # mu_grad of the projection, likewise
-    input_weight: float = 1e-3  # least R times the squared half-width of the limits, relative to the largest Q
+    smoothing: float = 0.1  # mu_grad of the projection, likewise
+    input_weight: float = 0.1  # least R times the squared half-width of the limits, relative to the largest Q
     penalty: float = 100.0  # mu of the augmented Lagrangian, constant
 
     def __post_init__(self):
