@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import numpy as np
@@ -49,7 +49,10 @@ class Inference:
     def __init__(self, network: TemporalNetwork, storage: str = 'float32'):
         if storage not in STORAGES:
             raise ValueError(f'storage = {storage!r}; expected one of {", ".join(STORAGES)}')
-        self.settings, self.storage = network.settings, storage
+        self.settings, self.storage, self._gain = network.settings, storage, None
+        if network.settings.feedback:
+            self._gain, self._goal, self._scale = (v.detach().cpu().double().numpy().copy() for v in (
+                network.gain, network.goal, network.scale))
         try:
             self._path = _Compiled(network, storage)
         except build.NoCompiler as error:
@@ -89,7 +92,21 @@ class Inference:
             z = z if np.isfinite(z).all() else None
         if not all(np.isfinite(v).all() for v in given):
             return Answer(np.full((s.horizon + 1, s.n), np.nan), None, 0, float('inf'), False, False)
-        return self._path(x_init, tau, centers, radii, z)
+        return self._with_feedback(x_init, self._path(x_init, tau, centers, radii, z))
+
+    def _with_feedback(self, x_init: np.ndarray, answer: Answer) -> Answer:
+        """The answer of compiled code with the linear part, which that leaves out."""
+        if self._gain is None or not self.compiled:
+            return answer
+        return replace(answer, theta=answer.theta + self._feedback(x_init[None])[0])
+
+    def _feedback(self, x_init: np.ndarray) -> np.ndarray:
+        """(M, T+1, n): what the linear part adds to theta."""
+        s = self.settings
+        y = np.tanh((x_init - self._goal) / (s.feedback * self._scale)) * s.feedback
+        part = np.einsum('tij,bj->bti', self._gain, y)
+        part[..., :s.positions] *= s.dt
+        return np.concatenate([np.zeros_like(part[:, :1]), part], axis=1)
 
     def many(self, x_init: np.ndarray, tau: np.ndarray,
              z: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -104,7 +121,8 @@ class Inference:
             z = z if np.isfinite(z).all() else None
         if M == 0 or not (np.isfinite(x_init).all() and np.isfinite(tau).all()):
             return np.full((M, s.horizon + 1, s.n), np.nan), None
-        return self._path.many(x_init, tau, z)
+        theta, z = self._path.many(x_init, tau, z)
+        return (theta if self._gain is None or not self.compiled else theta + self._feedback(x_init)), z
 
 
 def _array(name, value, shape, dtype=np.float64) -> np.ndarray:

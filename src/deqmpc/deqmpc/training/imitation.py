@@ -98,14 +98,15 @@ def begin_with(model: nn.Module, given: TemporalNetwork, where: str) -> None:
 
 
 def build_model(task: Task, variant: str, hidden: int, scale: tuple[float, ...] = (), motion: bool = False,
-                output: str = 'velocity', **method) -> nn.Module:
+                output: str = 'velocity', feedback: float = 0.0, **method) -> nn.Module:
     """An untrained model: `variant` of VARIANTS, `hidden` channels, states divided by `scale`, with a network for the
-    spheres' `motion` or without, `output` as in deqmpc.networks.temporal; `method` changes the settings of DEQ-MPC.
-    ValueError names what cannot be used."""
+    spheres' `motion` or without, `output` and `feedback` as in deqmpc.networks.temporal; `method` changes the settings
+    of DEQ-MPC. ValueError names what cannot be used."""
     if variant not in VARIANTS:
         raise ValueError(f'policy {variant!r}; expected one of {", ".join(VARIANTS)}')
     how, kind = VARIANTS[variant]
-    network = TemporalNetwork(task.network(kind, hidden, state_scale=tuple(scale), output=output))
+    network = TemporalNetwork(task.network(kind, hidden, state_scale=tuple(scale), output=output, feedback=feedback,
+                                           goal=tuple(task.goal.tolist()) if feedback else ()))
     _center(network, task)
     predictor = ObstacleMotion(settings_for(network.settings)) if motion else None
     if how is None:
@@ -120,6 +121,28 @@ def _center(network: TemporalNetwork, task: Task) -> None:
     goal = task.goal.to(network.scale) / network.scale
     for encoder in (network.node, network.start):
         encoder.linear.bias -= encoder.linear.weight @ goal
+
+
+@torch.no_grad()
+def fit_feedback(network: TemporalNetwork, demonstrations: Demonstrations, task: Task, trajectories: np.ndarray,
+                 count: int = 50000) -> None:
+    """Begin with the gain K that fits what the expert does next best, and with a head that adds nothing to it: least
+    squares over `count` windows of `trajectories`, weighted by (0.01 + |y|^2)^-2: where errors are small, every one of
+    them counts relatively, and the expert is linear."""
+    s, T = network.settings, task.horizon
+    drawn = datasets.draw(demonstrations, trajectories, count, torch.Generator().manual_seed(0), T + 1)
+    x = datasets.windows(demonstrations, task, *drawn, T + 1).x
+    at, following = x[:, 0], x[:, 1:]
+    out = torch.cat([(following - at.unsqueeze(1))[..., :s.positions] / s.dt, following[..., s.positions:]], dim=-1)
+    if s.output == 'delta':
+        out[..., s.positions:] -= at.unsqueeze(1)[..., s.positions:]
+    y = network.saturated(at.float()).double()
+    weight = (0.01 + ((at - task.goal) / network.scale).square().sum(dim=1, keepdim=True)) ** -2
+    normal = y.T @ (weight * y) + 1e-3 * torch.eye(s.n, dtype=y.dtype)
+    gain = torch.linalg.solve(normal, y.T @ (weight * out.flatten(1)))
+    network.gain.copy_(gain.T.reshape(T, s.n, s.n))
+    network.head_out.weight.zero_()
+    network.head_out.bias.zero_()
 
 
 def state_scale(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray) -> tuple[float, ...]:

@@ -30,7 +30,17 @@ from deqmpc.policies import model as model_folder
 from deqmpc.policies.deq_mpc import DeqMpc, Iterates
 from deqmpc.provenance import commit
 from deqmpc.training import checkpoint
-from deqmpc.training.imitation import VARIANTS, Report, Settings, Trainer, begin_with, build_model, parts, state_scale
+from deqmpc.training.imitation import (
+    VARIANTS,
+    Report,
+    Settings,
+    Trainer,
+    begin_with,
+    build_model,
+    fit_feedback,
+    parts,
+    state_scale,
+)
 
 _COLUMNS = ('step', 'loss', 'cold', 'streamed', 'gradient_norm', 'learning_rate', 'valid_cold', 'valid_streamed',
             'left_out', 'skipped', *Iterates().counts(), 'cpu_s')
@@ -63,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--hidden', type=int, default=128, help='channels of the network')
     p.add_argument('--output', choices=OUTPUTS, default='velocity',
                    help='velocities are predicted absolutely (velocity, default) or as changes (delta)')
+    p.add_argument('--feedback', type=float, default=0.0,
+                   help='add a linear feedback that saturates at so many state scales (0: none)')
     for field, kind in (('steps', int), ('batch', int), ('streaming', int), ('learning_rate', float),
                         ('decay', float), ('clip_norm', float), ('noise', float), ('own_states', float),
                         ('early', float), ('seed', int), ('split_seed', int)):
@@ -105,16 +117,19 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
              'method': a.method, 'motion': a.motion,
              'bfloat16': a.bfloat16,
              **({'change': a.change} if a.change else {}),
-             **({'output': a.output} if a.output != 'velocity' else {}), **_origin(a.init),
+             **({'output': a.output} if a.output != 'velocity' else {}),
+             **({'feedback': a.feedback} if a.feedback else {}), **_origin(a.init),
              **dataclasses.asdict(settings)}
     torch.manual_seed(settings.seed)
     train, _ = parts(demonstrations, settings, a.trajectories)
     given = model_folder.load(a.init).network if a.init else None
     scale = given.settings.state_scale if given else state_scale(demonstrations, task, train)
-    model = build_model(task, a.policy, a.hidden, scale, a.motion, a.output,
+    model = build_model(task, a.policy, a.hidden, scale, a.motion, a.output, a.feedback,
                         **_numbers(a.method, '--method'))
     if given:
         begin_with(model, given, str(a.init))
+    elif a.feedback:
+        fit_feedback(model.network, demonstrations, task, train)
     model.network.bfloat16 = a.bfloat16
     trainer = Trainer(task, model, demonstrations, settings, device, a.trajectories)
     folder = a.out or Path('runs/train') / a.task / f'{a.policy}-h{a.hidden}-s{a.seed}'
