@@ -11,6 +11,7 @@ import torch
 
 from deqmpc import datasets, tasks
 from deqmpc.datasets import Demonstrations
+from deqmpc.networks.inference import Inference
 from deqmpc.networks.temporal import TemporalNetwork
 from deqmpc.policies import model as model_folder
 from deqmpc.training import checkpoint, train
@@ -21,6 +22,7 @@ from deqmpc.training.imitation import (
     Trainer,
     begin_with,
     build_model,
+    fit_feedback,
     state_scale,
 )
 
@@ -208,6 +210,34 @@ def test_a_training_may_begin_with_a_model_that_knew_no_spheres_and_then_answers
         begin_with(build_model(task, 'deq_mpc_nn', 16), old.network, 'other')
     with pytest.raises(ValueError, match='spheres'):
         begin_with(old, model.network, 'other')
+
+
+@pytest.mark.parametrize('output', ['velocity', 'delta'])
+def test_fitted_feedback_answers_near_the_goal_what_the_expert_does_next(output):
+    d = demonstrations(count=40)
+    train, valid = datasets.split(d, 0)
+    model = build_model(TASK, 'deq_mpc_deq', 16, state_scale(d, TASK, train), output=output, feedback=3.0)
+    fit_feedback(model.network, d, TASK, train, 4000)
+    x = datasets.windows(d, TASK, valid, np.full(len(valid), 12), 6).x
+    with torch.no_grad():
+        theta = model.network(x[:, 0], x[:, :1].expand(-1, 6, -1)).theta
+    staying = (x[:, :1] - x).square().mean(dim=0).sqrt()[1:]
+    missed = (theta - x).square().mean(dim=0).sqrt()[1:]
+    assert (missed.norm() < 0.2 * staying.norm()) and theta.isfinite().all()
+
+
+def test_compiled_inference_has_the_feedback_too():
+    torch.manual_seed(0)
+    network = build_model(tasks.make('qpole'), 'deq_mpc_nn', 16, output='delta', feedback=0.5).network
+    with torch.no_grad():
+        network.gain.normal_()
+    x = tasks.make('qpole').sample(3, torch.Generator().manual_seed(0))[0]
+    tau = x.unsqueeze(1).expand(-1, 6, -1).contiguous()
+    with torch.no_grad():
+        theta = network(x, tau).theta.double().numpy()
+    compiled = Inference(network)
+    assert np.abs(compiled.many(x.numpy(), tau.numpy())[0] - theta).max() < 1e-4
+    assert np.abs(compiled(x[0].numpy(), tau[0].numpy()).theta - theta[0]).max() < 1e-4
 
 
 def test_a_network_alone_cannot_go_on_where_it_leads():
