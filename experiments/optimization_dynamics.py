@@ -372,7 +372,7 @@ def table_rows(task: str, plan: Plan, size: Size, out: Path) -> list[dict]:
                 kept = out / f'{task}-{variant}-{x}-{seed}.json'
                 if not kept.exists():
                     kept.write_text(json.dumps(solved(build(variant, x, size, seed), seed, kept.with_suffix('.npz'))))
-                made.append(json.loads(kept.read_text()))
+                made.append({**json.loads(kept.read_text()), 'folder': str(out)})
     return made
 
 
@@ -389,7 +389,7 @@ def solved(case: Case, seed: int, path: Path) -> dict:
     return row(case.task, case.variant, case.x, seed, objective=float(s.cost[0]) + case.offset,
                iterations=float(s.steps[0]), violation=float(s.violation[0]), seconds=seconds,
                solved=float(s.converged[0]), extreme=extreme(case.task, s.x[0], u), trajectory=path.name,
-               folder=str(path.parent), status=s.status_of(0).value, **dict(zip(names, theirs, strict=True)))
+               status=s.status_of(0).value, **dict(zip(names, theirs, strict=True)))
 
 
 def extreme(task: str, x: Tensor, u: Tensor) -> float:

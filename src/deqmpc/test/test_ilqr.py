@@ -10,6 +10,7 @@ from deqmpc import tasks
 from deqmpc.dynamics.cartpole import Cartpole
 from deqmpc.dynamics.pendulum import Pendulum
 from deqmpc.problem import Problem
+from deqmpc.realtime import RealtimeSolver
 from deqmpc.solvers import ilqr, interior_point, riccati
 
 TIGHT = ilqr.Settings(feasibility=1e-6, gradient=1e-6, change=1e-10, iterations=40, mu_max=1e6)
@@ -126,6 +127,8 @@ def test_dynamics_that_are_a_step_themselves_are_solved_alike():
     x = [[0.5, 0.4, 0.0, 0.0]]
     a, b = ilqr.solve(own, instances(own, x)), ilqr.solve(given, instances(given, x))
     assert a.converged.all() and torch.equal(a.x, b.x) and torch.equal(a.steps, b.steps)
+    with pytest.raises(ValueError, match='Given has no equations'):
+        RealtimeSolver(given, 0)
 
 
 def test_the_slope_is_the_derivative_of_the_merit_along_rollouts():

@@ -23,7 +23,11 @@ LANES = 8  # doubles in one vector: a register of AVX-512, two of AVX2, four of 
 
 
 def c_source(equations: Equations, position: Sequence[int]) -> str:
-    """C text of `equations`; `position` are the indices of the state that spheres act on."""
+    """C text of `equations`; `position` are the indices of the state that spheres act on. ValueError for dynamics that
+    are a step themselves."""
+    if not hasattr(equations, 'derivative'):
+        raise ValueError(f'{type(equations).__name__} has no equations to write in C; expected `derivative`, or for a '
+                         f'step itself a solver of deqmpc.solvers')
     n, m = equations.n, equations.m
     make = _Writer(equations)
     head = [
