@@ -9,15 +9,17 @@ theta are settings of `mpc_only` or numbers of its model (deqmpc.training.tunabl
 theta_0), at most by the factor of --limit up or down. Every update flies the same episodes with the policy as it is
 and takes one Gauss-Newton step (deqmpc.training.gauss_newton) on
 
-  J = mean over episodes of sum_t r_t,    r_t = reward(x_t, u_t) - price * sum_j max(0, clearance - gap_j)^2
+  J = mean over episodes of sum_t r_t,    r_t = reward(x_t, u_t) - price * sum_j max(0, 1 - gap_j / clearance)^2
 
-The reward is the task's; without the price, corners would be cut up to the spheres' surfaces. Gradient and Hessian are
-those of deqmpc.training.policy_gradient: exact derivatives along each episode, from the plant's linearisation and the
-policy's implicit derivatives. Two things they do not see: where an episode fails, and where the reference jumps to
-another ray; so returns and failures are counted beside J.
+The reward is the task's; the price is paid near spheres' surfaces, in full where one is touched. Gradient and Hessian
+are those of deqmpc.training.policy_gradient: exact derivatives along each episode, from the plant's linearisation and
+the policy's implicit derivatives. Two things they do not see: where an episode fails, which the price stands in for,
+and where the reference jumps to another ray. So returns and failures are counted beside J.
 
-The plant is the task's. With --recorded the episodes start at states of recorded flights, among their spheres, and not
-at the task's random ones.
+The plant is the task's and takes the thrusts (N) of the plan's first knot. What is found flies best there: a mass or
+drag need not be the true one. In a flight the drone's own controller follows the plan's states, and the model's mass
+matters less. With --recorded the episodes start at states of recorded flights, among their spheres, and not at the
+task's random ones.
 
 A run is a folder: log.csv (a line an update), state.json (after every update: the same command again continues),
 policy.yaml and airframe.yaml (the tuned policy; nothing flies it by itself), result.json (before and after on fresh
@@ -82,8 +84,8 @@ class Settings:
     steps: int = 60  # of an episode at most
     seed: int = 0  # of starts and noise
     noise: float = 0.0  # standard deviation of what the policy sees of every state (m, MRP, m/s, rad/s)
-    clearance: float = 0.02  # m from every sphere's surface, below which the price is paid
-    price: float = 2000.0  # per m^2 of missing clearance and step
+    clearance: float = 0.02  # m from every sphere's surface, below which the price begins
+    price: float = 20.0  # of a step that touches a sphere; the reward of a step is 7.4 at most
     rate: float = 0.3  # alpha of deqmpc.training.gauss_newton, share of the Newton step
     momentum: float = 0.5  # beta, memory of gradients
     memory: float = 0.8  # eta, of Hessians
@@ -93,11 +95,12 @@ class Settings:
         for name in ('updates', 'episodes', 'steps'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected an integer >= 1')
-        for name in ('noise', 'clearance', 'price'):
+        for name in ('noise', 'price'):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number >= 0')
-        if not 0.0 < self.step < math.inf:
-            raise ValueError(f'step = {self.step!r}; expected a number > 0')
+        for name in ('clearance', 'step'):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number > 0')
 
     def optimiser(self) -> gauss_newton.Settings:
         """Of the Gauss-Newton steps. The first curvature lets the first step of every parameter be `step`."""
@@ -133,7 +136,7 @@ class Priced:
         """(S,) of the steps."""
         spheres, s = self.calls.spheres, self.settings
         gap = (spheres.centers - x[:, None, :3]).norm(dim=2) - spheres.radii
-        missing = torch.where(spheres.radii > 0, s.clearance - gap, 0.0).clamp_min(0.0)
+        missing = torch.where(spheres.radii > 0, 1.0 - gap / s.clearance, 0.0).clamp_min(0.0)
         return self.task.reward(x, u) - s.price * missing.square().sum(1)
 
     def reward_derivatives(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
