@@ -44,13 +44,14 @@ from deqmpc.policies.deq_mpc import DeqMpc
 from deqmpc.policies.network_only import NetworkOnly
 from deqmpc.provenance import commit
 from deqmpc.rollouts import Disturbance, GoalChange, Rollouts, rollout
+from deqmpc.shooting import ShootingPlanner
 from deqmpc.statistics import wilson
 from deqmpc.tasks import Spheres, Task
 from deqmpc.training.imitation import Settings as TrainingSettings
 from deqmpc.training.imitation import Trainer
 
 VIOLATION = 1e-3  # m or units of the bound: what a plan may leave its constraints by
-BASELINES = {'mpc_only': MpcOnlyPlanner, 'goal': GoalPlanner}
+BASELINES = {'mpc_only': MpcOnlyPlanner, 'goal': GoalPlanner, 'shooting': ShootingPlanner}
 
 
 @dataclass(frozen=True)
