@@ -101,8 +101,9 @@ def tuned(task, variant: str, settings: dict, size: Size, seed: int, folder: Pat
     log.resume(tuner)
     while names and tuner.state.count < size.updates:
         log.write(tuner, tuner.update())
-    tunable.write(folder, tuner.theta)
-    return tunable, tuner.theta
+    theta = log.best(names) if names else tunable.first
+    tunable.write(folder, theta)
+    return tunable, theta
 
 
 def row(task: str, variant: str, seed: int, size: Size, tunable: Tunable, theta, returns, failed, known) -> dict:

@@ -119,8 +119,9 @@ def test_a_run_raises_the_objective_within_its_limits_and_leaves_a_policy_that_c
     assert command(folder, '--updates', '3', '--limit', 'cruise_speed=1.3', '--json') == 0
     result = json.loads(capsys.readouterr().out)
     with (folder / 'run/log.csv').open() as file:
-        rows = [float(row['objective']) for row in csv.DictReader(file)]
-    assert len(rows) == 3 and rows[0] < rows[-1]
+        rows = [(float(row['objective']), float(row['cruise_speed'])) for row in csv.DictReader(file)]
+    assert len(rows) == 3 and rows[0] < max(rows)
+    assert result['after']['cruise_speed'] == max(rows)[1]  # the best of those flown
     assert 0.4 < result['after']['cruise_speed'] <= 0.4 * 1.3 + 1e-12
     assert result['return_after'] > result['return_before']
     settings = yaml.safe_load((folder / 'run/policy.yaml').read_text())

@@ -21,6 +21,9 @@ drag need not be the true one. In a flight the drone's own controller follows th
 matters less. With --recorded the episodes start at states of recorded flights, among their spheres, and not at the
 task's random ones.
 
+The tuned policy is the one of all updates with the largest J as flown, failures included: not worse on these episodes
+than what it began with. Whether it is better on others, fresh starts tell.
+
 A run is a folder: log.csv (a line an update), state.json (after every update: the same command again continues),
 policy.yaml and airframe.yaml (the tuned policy; nothing flies it by itself), result.json (before and after on fresh
 starts). The folder config/ is never written to.
@@ -186,9 +189,9 @@ class Tuner:
         """(p,) in its own units."""
         return self.tunable.first * self.z.exp()
 
-    def at_limit(self) -> list[str]:
-        """The parameters that are as far from where they began as they may be."""
-        there = self.z.abs() >= self.limits.high
+    def at_limit(self, theta: Tensor) -> list[str]:
+        """The parameters of theta (p,) that are as far from where they began as they may be."""
+        there = (theta / self.tunable.first).log().abs() >= self.limits.high - 1e-9
         return [name for name, is_there in zip(self.tunable.names, there.tolist(), strict=True) if is_there]
 
     def update(self) -> dict[str, Any]:
@@ -306,14 +309,14 @@ def run(a: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         log.write(tuner, {**tuner.update(), 'cpu_s': round(time.process_time() - begun, 2)})
         bar.update()
     bar.close()
-    words = 'deqmpc tune ' + shlex.join(argv)
+    words, theta = 'deqmpc tune ' + shlex.join(argv), log.best(a.parameters)
     tunable.write(folder / BEFORE, tunable.first, f'# What `{words}` began with.\n')
-    tunable.write(folder, tuner.theta, f'# Made by `{words}`, commit {commit()}.\n')
+    tunable.write(folder, theta, f'# Made by `{words}`, commit {commit()}.\n')
     result = {'command': words, 'commit': commit(), **about, 'updates': tuner.state.count,
               'before': dict(zip(a.parameters, tunable.first.tolist(), strict=True)),
-              'after': dict(zip(a.parameters, tuner.theta.tolist(), strict=True)),
+              'after': dict(zip(a.parameters, theta.tolist(), strict=True)),
               'curvature': {name: log.rows[-1][f'{name} curvature'] for name in a.parameters},
-              'at_limit': tuner.at_limit(),
+              'at_limit': tuner.at_limit(theta),
               **judged(task, folder / BEFORE, folder, fresh, settings), 'folder': str(folder)}
     _replace(folder / RESULT, json.dumps(result, indent=2) + '\n')
     return result
@@ -430,6 +433,11 @@ class Log:
             raise ValueError(f'{path} is of another run, with other {", ".join(differ)}; give another --out, or '
                              f'--restart')
         tuner.z, tuner.state, self.rows = z, state, old['rows']
+
+    def best(self, names: Sequence[str]) -> Tensor:
+        """(p,) the parameters with which J was largest."""
+        row = max(self.rows, key=lambda row: row['objective'])
+        return torch.tensor([row[name] for name in names], dtype=torch.float64)
 
     def write(self, tuner: Tuner, row: dict[str, Any]) -> None:
         """One update more."""
