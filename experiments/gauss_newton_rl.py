@@ -63,11 +63,13 @@ class Size:
     pairs: tuple[tuple[float, float], ...]  # (beta, eta)
     tank: tuple[str, ...]  # variants
     critic: action_value.Settings  # of the learned action-value
+    limit: int = reactor.TIME_LIMIT  # samples of an episode
 
 
 _PAIRS = tuple((beta, eta) for beta in (0.75, 0.9, 0.99) for eta in (0.0, 0.5, 0.9, 0.99))
 SIZES = {
-    'smoke': Size(2, 1, 1, ((0.75, 0.9),), ('gauss_newton', 'learned'), action_value.Settings(epochs=2, batch=64)),
+    'smoke': Size(2, 1, 1, ((0.75, 0.9),), ('gauss_newton', 'learned'), action_value.Settings(epochs=2, batch=64),
+                  limit=2),
     'small': Size(25, 40, 20, _PAIRS[:4], ('gauss_newton', 'adam', 'learned'),
                   action_value.Settings(epochs=60, batch=256)),
     'medium': Size(100, 65, 30, _PAIRS[:4], ('gauss_newton', 'newton', 'adam', 'learned'),
@@ -153,18 +155,18 @@ class Linear:
 
     def gradient(self, theta: Tensor) -> Tensor:
         """g (2,)."""
-        by_theta, Q_u, _ = self._at(theta)
-        return torch.einsum('uxp,xy,uy->p', by_theta, self._visits(theta), Q_u)
+        by_theta, visits, Q_u, _ = self._at(theta)
+        return torch.einsum('uxp,xy,uy->p', by_theta, visits, Q_u)
 
     def gauss_newton(self, theta: Tensor) -> Tensor:
         """M2 (2, 2)."""
-        by_theta, _, Q_uu = self._at(theta)
-        return torch.einsum('uxp,xy,uv,vyq->pq', by_theta, self._visits(theta), Q_uu, by_theta)
+        by_theta, visits, _, Q_uu = self._at(theta)
+        return torch.einsum('uxp,xy,uv,vyq->pq', by_theta, visits, Q_uu, by_theta)
 
     def newton(self, theta: Tensor) -> Tensor:
         """M1 + M2 (2, 2)."""
-        twice, (_, Q_u, _) = -torch.func.jacrev(torch.func.jacrev(self.gain))(theta), self._at(theta)
-        return torch.einsum('uxpq,xy,uy->pq', twice, self._visits(theta), Q_u) + self.gauss_newton(theta)
+        twice, (_, visits, Q_u, _) = -torch.func.jacrev(torch.func.jacrev(self.gain))(theta), self._at(theta)
+        return torch.einsum('uxpq,xy,uy->pq', twice, visits, Q_u) + self.gauss_newton(theta)
 
     def _truth(self):
         return self.plant(*(torch.tensor(v, dtype=torch.float64) for v in (1.3, 1.1)))
@@ -173,19 +175,15 @@ class Linear:
         """Discounted sum of the covariances of x_0 and of the noise."""
         return (1.0 + 0.01 * self.gamma / (1.0 - self.gamma)) * torch.eye(2, dtype=torch.float64)
 
-    def _visits(self, theta):
-        """Discounted sum of E x x'."""
-        A, B = self._truth()
-        closed = A - B @ self.gain(theta)
-        system = torch.eye(4, dtype=A.dtype) - self.gamma * torch.kron(closed, closed)
-        return torch.linalg.solve(system, self._sources().flatten()).view(2, 2)
-
     def _at(self, theta):
-        """d(-K)/dtheta (1, 2, p), G (1, 2) of Q_u = G x, and Q_uu (1, 1)."""
-        (A, B), K = self._truth(), self.gain(theta)
-        P = self._cost_to_go(A, B, K)
-        G = -2.0 * (-_R @ K + self.gamma * B.T @ P @ (A - B @ K))
-        return -torch.func.jacrev(self.gain)(theta), G, -2.0 * (_R + self.gamma * B.T @ P @ B)
+        """d(-K)/dtheta (1, 2, p), discounted sum of E x x' (2, 2), G (1, 2) of Q_u = G x, and Q_uu (1, 1)."""
+        by_theta, K = torch.func.jacrev(lambda theta: (self.gain(theta),) * 2, has_aux=True)(theta)
+        A, B = self._truth()
+        closed, P = A - B @ K, self._cost_to_go(A, B, K)
+        system = torch.eye(4, dtype=A.dtype) - self.gamma * torch.kron(closed, closed)
+        visits = torch.linalg.solve(system, self._sources().flatten()).view(2, 2)
+        G = 2.0 * (_R @ K - self.gamma * B.T @ P @ closed)
+        return -by_theta, visits, G, -2.0 * (_R + self.gamma * B.T @ P @ B)
 
 
 _Q, _R = torch.diag(torch.tensor([1.0, 0.1], dtype=torch.float64)), torch.tensor([[0.1]], dtype=torch.float64)
@@ -244,21 +242,22 @@ class Source:
     """Estimates of the tank's gradient and Hessian, for a variant."""
 
     def __init__(self, variant: str, size: Size):
-        self.variant, self.policy, self.plant = variant, reactor.Policy(), reactor.Tank()
+        self.variant, self.limit, self.policy, self.plant = variant, size.limit, reactor.Policy(), reactor.Tank()
         self.starts = reactor.starts(range(size.episodes))
         self.critic = action_value.Critic(size.critic, 6, 2, seed=0) if variant == 'learned' else None
 
     def estimate(self, theta: Tensor) -> Estimate:
         """Of the training episodes under theta."""
         noise = 1.0 if self.critic is not None else 0.0  # 1 % of the inputs' ranges
-        made = reactor.rollout(self.policy, theta, self.starts, second=self.variant == 'newton', noise=noise)
+        made = reactor.rollout(self.policy, theta, self.starts, second=self.variant == 'newton', noise=noise,
+                               limit=self.limit)
         if self.critic is None:
             return policy_gradient(made.episodes, self.plant)
         return estimate(made.episodes, *self.critic.action_values(made.episodes, made.exploration))
 
     def value(self, theta: Tensor) -> float:
         """J."""
-        made = reactor.rollout(self.policy, theta, self.starts, derivatives=False)
+        made = reactor.rollout(self.policy, theta, self.starts, derivatives=False, limit=self.limit)
         return float(made.episodes.returns().mean())
 
 

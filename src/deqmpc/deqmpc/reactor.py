@@ -200,22 +200,23 @@ class Rollout:
 
 
 def rollout(policy: Policy, theta: Tensor, x: Tensor, derivatives: bool = True, second: bool = False,
-            noise: float = 0.0, seed: int = 0) -> Rollout:
+            noise: float = 0.0, seed: int = 0, limit: int = TIME_LIMIT) -> Rollout:
     """Episodes from x (B, 8) with the policy's parameters theta (2,).
 
     `derivatives`: of the policy, else they are 0; `second`: also pi_theta_theta, by differences of pi_theta; `noise`:
-    standard deviation (per cent) of explored inputs around the policy's, 0 for none.
+    standard deviation (per cent) of explored inputs around the policy's, 0 for none; `limit`: samples until time is
+    over.
     """
     plant, generator, B = Tank(), torch.Generator().manual_seed(seed), len(x)
     steps, plan, inside = [], None, torch.zeros(B, dtype=torch.long)
     live = torch.arange(B)
     solved, plans = 0, 0
-    for k in range(TIME_LIMIT + HOLD):
+    for k in range(limit + HOLD):
         if not len(live):
             break
         d = policy.decide(x, theta, plan, derivatives)
         solved, plans = solved + int((~_unsolved(d.status)).sum()), plans + len(d.status)
-        inside = torch.where(in_band(x) | (k >= TIME_LIMIT), inside + 1, 0)
+        inside = torch.where(in_band(x) | (k >= limit), inside + 1, 0)
         over = inside == HOLD
         step = {'x': x, 'u': d.u, 'reward': plant.reward(x, d.u), 'alive': torch.ones(len(x), dtype=torch.bool),
                 'pi_x': d.by_x, 'pi_theta': d.by_theta, 'last': over}
