@@ -18,8 +18,8 @@ and where the reference jumps to another ray. So returns and failures are counte
 
 The plant is the task's and takes the thrusts (N) of the plan's first knot. What is found flies best there: a mass or
 drag need not be the true one. In a flight the drone's own controller follows the plan's states, and the model's mass
-matters less. With --recorded the episodes start at states of recorded flights, among their spheres, and not at the
-task's random ones.
+matters less. With --recorded the episodes start at states of recorded flights on their way, among their spheres, and
+not at the task's random ones.
 
 The tuned policy is the one of all updates with the largest J as flown, failures included: not worse on these episodes
 than what it began with. Whether it is better on others, fresh starts tell.
@@ -75,6 +75,7 @@ LOG, STATE, RESULT, BEFORE = 'log.csv', 'state.json', 'result.json', 'before'
 READERS = 'deqmpc.recordings'  # group of entry points: a function from a path to Demonstrations for every kind of file
 LIMITS = {'mass': 1.25, 'drag': 4.0, 'margin': 3.0, 'cruise_speed': 1.5, 'slow_down': 2.0}  # factors; others: WIDEST
 WIDEST = 5.0
+REACHED = 0.1  # m from the goal, from which on a recorded state is none to start at
 FRESH = 1_000_000  # added to the seed for the starts that a policy is judged by
 
 
@@ -366,18 +367,20 @@ def judged(task: Task, before: Path, after: Path, starts: Starts, settings: Sett
 
 
 def drawn(task: Task, count: int, seed: int, recorded: Sequence[Path]) -> Starts:
-    """`count` starts: the task's, or states of recorded flights that have not failed. OSError and ValueError name a
-    file that is missing or cannot be used."""
+    """At most `count` starts: the task's, or states of recorded flights on their way to the goal. OSError and
+    ValueError name a file that is missing or cannot be used."""
     generator = torch.Generator().manual_seed(seed)
     if not recorded:
         return Starts(*task.sample(count, generator))
-    found = [_states(task, path, 4 * count, generator) for path in recorded]
+    found = [_states(task, path, 50 * count, generator) for path in recorded]  # most of a flight is hovering
     most = max(f.spheres.radii.shape[1] for f in found)
     x, spheres = torch.cat([f.x for f in found]), joined([padded(f.spheres, most) for f in found])
     order = torch.randperm(len(x), generator=generator)
-    usable = order[~task.failed(x, spheres)[order]][:count]
+    good = ~task.failed(x, spheres) & (x[:, :3].norm(dim=1) > REACHED)
+    usable = order[good[order]][:count]
     if len(usable) == 0:
-        raise ValueError(f'{", ".join(map(str, recorded))}: every state drawn is inside a sphere or on the ground')
+        raise ValueError(f'{", ".join(map(str, recorded))}: every state drawn is inside a sphere, on the ground or '
+                         f'within {REACHED} m of the goal')
     return Starts(x[usable], spheres[usable])
 
 
