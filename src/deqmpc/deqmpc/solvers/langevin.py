@@ -20,7 +20,7 @@ two thirds of the time), or estimated from S values of L alone,
 
 No matrix is factored, so that thousands of starts run together, on CPU or GPU. What comes out is near a minimiser and
 feasible to 1e-2 or so; another solver finishes it (`solve`). The interior point stays on the way that the flow found;
-the AL solver, which breaks constraints at first, often leaves it (experiments/langevin.py: 12 and 0 of 16 escape the
+the AL solver, which breaks constraints at first, often leaves it (experiments/langevin.py: 18 and 1 of 24 escape the
 maze). A trajectory of deqmpc.problem is z_t = (x_{t+1}, u_t), its h are the defects, and lambda is the AL solver's eta.
 Its spheres, there constraints, are hills in c here, weight exp(-sharpness |p - o|^2 / r^2): a start may be inside and
 is pushed out.
