@@ -24,13 +24,15 @@ _STYLES = {'deq_mpc_deq': ('C0', '-'), 'deq_mpc_nn': ('C0', '--'), 'diff_mpc_deq
 
 
 class Stat(NamedTuple):
-    """Over seeds."""
+    """Over seeds; written - where nothing was measured."""
 
     mean: float
     sd: float  # NaN for one run
     runs: int
 
     def __str__(self) -> str:
+        if np.isnan(self.mean):
+            return '-'
         return f'{self.mean:.3f}' + (f' +- {self.sd:.3f}' if self.runs > 1 else '')
 
 
