@@ -13,7 +13,7 @@ on three problems (deqmpc.training.gauss_newton and policy_gradient):
             training episodes after each update, alpha 0.1, beta 0.75, eta 0.9, 1/omega 100, Adam 1e-3, both within the
             grid of the paper's Figure 6; `learned`: gauss_newton with the paper's learned action-value, the others
             take it from the model of the plant; newton's second derivatives are differences
-  momentum  the same from gradients and Hessians remembered differently (Figure 7); x is `beta/eta`, 30 updates
+  momentum  the same from gradients and Hessians remembered differently (Figure 7), `beta/eta`
 
 Checks: the scalar errors are those of the closed form's recursion; linear: Gauss-Newton is within 1e-6 of the optimum
 after 4 updates, Adam not within 1e-3 after 100 at any of three rates; tank: Gauss-Newton gains at least 80 % of what
@@ -262,13 +262,13 @@ class Source:
 
 
 def train(variant: str, size: Size, updates: int, settings: Settings, path: Path) -> list[list[float]]:
-    """A line (update, return, theta_a, theta_b) for every update from theta = 0, kept in `path`: what is there already
-    is not done again."""
+    """A line (update, return, theta_a, theta_b) for every update from theta = 0, kept in `path`: what is whole there is
+    not done again."""
     if path.exists():
         with path.open() as file:
             known = [[float(v) for v in line] for line in list(csv.reader(file))[1:]]
-        if len(known) == updates + 1:
-            return known
+        if len(known) > updates:
+            return known[:updates + 1]
     source, theta, state = Source(variant, size), torch.zeros(2, dtype=torch.float64), gauss_newton.start(2)
     adam, lines = Adam(theta, _rate(variant), GRID) if variant.startswith('adam') else None, []
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -331,8 +331,7 @@ def tank_rows(plan: Plan, size: Size, out: Path) -> list[dict]:
     made = [{'task': 'tank', 'variant': 'best of grid', 'x': 0, 'return': source.value(best), 'theta_a': BEST[0],
              'theta_b': BEST[1]}]
     for v in plan.variants or size.tank:
-        lines = train(v, size, size.updates, PAPER, out / f'tank-{v.replace(" ", "-")}.csv')
-        made += _chosen('tank', v, lines)
+        made += _chosen('tank', v, train(v, size, size.updates, PAPER, _kept(out, v, PAPER)))
     return made
 
 
@@ -341,9 +340,15 @@ def momentum_rows(size: Size, out: Path) -> list[dict]:
     made = []
     for beta, eta in size.pairs:
         settings = Settings(rate=PAPER.rate, momentum=beta, memory=eta, curvature_0=PAPER.curvature_0)
-        lines = train('gauss_newton', size, size.momentum_updates, settings, out / f'momentum-{beta}-{eta}.csv')
+        lines = train('gauss_newton', size, size.momentum_updates, settings, _kept(out, 'gauss_newton', settings))
         made += _chosen('momentum', f'{beta:g}/{eta:g}', lines)
     return made
+
+
+def _kept(out: Path, variant: str, settings: Settings) -> Path:
+    """Where a run's lines are kept; runs of different tasks that are the same share them."""
+    memories = '' if variant.startswith('adam') else f'-{settings.momentum:g}-{settings.memory:g}'
+    return out / f'tank-{variant.replace(" ", "-")}{memories}.csv'
 
 
 def _chosen(task, variant, lines):
