@@ -110,11 +110,11 @@ def row(task: str, variant: str, seed: int, size: Size, tunable: Tunable, theta,
     """A line of results.csv."""
     found = dict(zip(tunable.names, theta.tolist(), strict=True))
     lost = float((known['right'] - known.get('wrong', known['right'])).mean())
-    back = float((returns - known['wrong']).mean()) if 'wrong' in known else math.nan
-    frame = tunable.frame
+    frame, began_wrong = tunable.frame, bool(VARIANTS[variant]) and tunable.frame == WRONG
+    back = float((returns - known['wrong']).mean()) if began_wrong else math.nan
     return {'task': task, 'variant': variant, 'x': size.updates if VARIANTS[variant] else 0, 'seed': seed,
             'return': float(returns.mean()), 'failure_share': float(failed.mean()),
-            'lost': lost, 'recovered': back / lost if lost and VARIANTS[variant] else math.nan,
+            'lost': lost, 'recovered': back / lost if lost else math.nan,
             'mass': found.get('mass', frame.mass) / TRUE.mass,
             'drag': found.get('drag', 1.0) * frame.drag[0] / TRUE.drag[0],
             'margin': found.get('margin', tunable.settings.margin), 'commit': commit()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from deqmpc import datasets, tasks
+from deqmpc import datasets, reproduce, tasks
 from deqmpc.airframe import Airframe
 from deqmpc.datasets import Demonstrations
 from deqmpc.training import tune
@@ -166,3 +166,14 @@ def test_recorded_starts_are_states_of_the_recording_on_the_way_to_the_goal(tmp_
     starts = tune.drawn(task, 8, 0, [tmp_path / 'a.npz'])
     assert 0 < len(starts.x) <= 8 and all(any(np.array_equal(x, s) for s in states[20:]) for x in starts.x.numpy())
     assert starts.spheres.radii.shape == (len(starts.x), 3)
+
+
+def test_the_tuning_experiment_runs_and_continues_from_what_it_has_judged(tmp_path):
+    words = ['mpc_tuning', '--budget', 'smoke', '--tasks', 'flight', '--variants', 'model', '--out', str(tmp_path)]
+    assert reproduce.main(words) == 0
+    table = (tmp_path / 'results.csv').read_text()
+    judged = (tmp_path / 'flight-model-s0/judged.json').stat().st_mtime_ns
+    assert reproduce.main(words) == 0
+    assert (tmp_path / 'flight-model-s0/judged.json').stat().st_mtime_ns == judged
+    assert [line.split(',')[:3] for line in table.splitlines()][1:] == [
+        ['flight', 'right', '0'], ['flight', 'wrong', '0'], ['flight', 'model', '1']]
