@@ -161,8 +161,17 @@ class Manifest:
 
     def note(self, name: str, reason: str | None) -> None:
         """How a trial ended: '' well, None: it did not."""
+        self._note(name, reason, len(self.data['sessions']) - 1)
+
+    def note_found(self, name: str, reason: str) -> None:
+        """How a trial ended that was found flown: it may have ended after the session that began it was stopped."""
+        begun = self.data['trials'].get(name)
+        if begun and begun['state'] == 'open':
+            self._note(name, reason, begun['session'])
+
+    def _note(self, name, reason, session):
         state = 'open' if reason is None else 'ended early' if reason else 'done'
-        self.data['trials'][name] = {'state': state, 'reason': reason or '', 'session': len(self.data['sessions']) - 1}
+        self.data['trials'][name] = {'state': state, 'reason': reason or '', 'session': session}
         self.save()
 
     def save(self) -> None:
@@ -228,7 +237,11 @@ def main(argv: list[str]) -> int:
             compose(campaign.mode, given)  # says now what is wrong
         folder.mkdir(parents=True, exist_ok=True)
         manifest = Manifest(folder, campaign)
-        left = [(name, given) for name, given in todo if flown(given) is None]
+        ended = {name: flown(given) for name, given in todo}
+        left = [(name, given) for name, given in todo if ended[name] is None]
+        for name, reason in ended.items():
+            if reason is not None:
+                manifest.note_found(name, reason)
         for name, given in left:
             Path(given['run_dir']).mkdir(parents=True)
             manifest.note(name, None)

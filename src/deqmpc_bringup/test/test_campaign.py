@@ -66,12 +66,15 @@ def test_an_interrupted_campaign_goes_on_where_it_was(tmp_path, capsys):
         assert (tmp_path / 'out' / name).stat().st_size > 0
     kept = (tmp_path / 'out/mpc_only/seed_003/bag/bag.mcap').stat().st_mtime_ns
     (tmp_path / 'out/mpc_only/seed_004/outcome.json').unlink()  # as if it had been cut off there
+    manifest['trials']['deq_mpc_nn/seed_003']['state'] = 'open'  # as if a process had ended it after the stop
+    (tmp_path / 'out/manifest.json').write_text(json.dumps(manifest))
     main(command)
     said = capsys.readouterr()
     assert '1 of 4 trials to fly' in said.err and 'first - second' in said.out and '\nmpc_only' in said.out
     assert (tmp_path / 'out/mpc_only/seed_003/bag/bag.mcap').stat().st_mtime_ns == kept
     manifest = json.loads((tmp_path / 'out/manifest.json').read_text())
     assert manifest['trials']['mpc_only/seed_004'] == {'state': 'done', 'reason': '', 'session': 1}
+    assert manifest['trials']['deq_mpc_nn/seed_003'] == {'state': 'done', 'reason': '', 'session': 0}
     assert main([*command, 'max_steps:=7']) == 2
     assert 'holds another campaign: arguments differ' in capsys.readouterr().err
 
