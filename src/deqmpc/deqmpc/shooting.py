@@ -12,7 +12,7 @@ The cost's R acts on u, of which P(u) is at most as far from u_ref; without it u
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from deqmpc.dynamics.optimization_based.projection import Box, ProjectedInputs
 from deqmpc.planners import Planned, largest_violation, rows_of
 from deqmpc.problem import Problem
 from deqmpc.solvers import ilqr
+from deqmpc.solvers.settings import check_numbers
 from deqmpc.tasks import Spheres, Task
 
 
@@ -37,12 +38,7 @@ class Settings:
     penalty: float = 100.0  # mu of the augmented Lagrangian, constant
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type == 'int' and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f'{f.name} = {value!r}; expected an integer >= 1')
-            if f.type == 'float' and not (isinstance(value, (int, float)) and 0 < value < float('inf')):
-                raise ValueError(f'{f.name} = {value!r}; expected a finite number > 0')
+        check_numbers(self, finite=True)
         if self.sharpness > self.smoothing:
             raise ValueError(f'sharpness = {self.sharpness}; expected at most smoothing = {self.smoothing}')
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import ctypes
 import inspect
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib import resources
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ from deqmpc.realtime import build, codegen
 from deqmpc.realtime.batch import BatchSolver
 from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.solvers import interior_point
+from deqmpc.solvers.settings import check_numbers
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +51,7 @@ class Settings:
     slack_min: float = 0.01  # least first slack of a row
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type == 'int':
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise ValueError(f'{f.name} = {value!r}; expected an integer >= 1')
-            elif not (isinstance(value, (int, float)) and value > 0):
-                raise ValueError(f'{f.name} = {value!r}; expected a number > 0')
+        check_numbers(self)
 
 
 class WarmStart(NamedTuple):  # made in every call: a frozen dataclass takes five times as long

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from deqmpc.problem import Instances, Problem, radius_and_inverse
 from deqmpc.solvers import riccati, riccati_scan
+from deqmpc.solvers.settings import check_numbers
 
 
 class Status(enum.Enum):
@@ -50,6 +51,12 @@ class Status(enum.Enum):
 LINEAR_SOLVERS = {'sequential': riccati, 'parallel': riccati_scan}
 STATUS = tuple(Status)  # a status tensor holds indices into this tuple
 _CONVERGED, _LIMIT, _INFEASIBLE, _SINGULAR, _NOT_FINITE, _RUNNING = range(6)
+
+
+def check_linear_solver(name: str) -> None:
+    """ValueError where it is not one of `LINEAR_SOLVERS` or auto."""
+    if name not in ('auto', *LINEAR_SOLVERS):
+        raise ValueError(f'linear_solver = {name!r}; expected auto, {" or ".join(LINEAR_SOLVERS)}')
 
 
 @dataclass(frozen=True)
@@ -74,14 +81,8 @@ class Settings:
     #                                    the faster one for batch, horizon and device (riccati_scan.is_faster)
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type == 'int' and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f'{f.name} = {value!r}; expected an integer >= 1')
-            if f.type == 'float' and not (isinstance(value, (int, float)) and value >= 0):
-                raise ValueError(f'{f.name} = {value!r}; expected a number >= 0')
-        if self.linear_solver not in ('auto', *LINEAR_SOLVERS):
-            raise ValueError(f'linear_solver = {self.linear_solver!r}; expected auto, {" or ".join(LINEAR_SOLVERS)}')
+        check_numbers(self, zero=True)
+        check_linear_solver(self.linear_solver)
         if self.gamma < 1 or not 0 < self.mu_0 <= self.mu_max:
             raise ValueError(f'gamma = {self.gamma}, mu_0 = {self.mu_0}; expected gamma >= 1 and 0 < mu_0 <= mu_max')
 

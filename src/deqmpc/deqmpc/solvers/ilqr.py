@@ -46,6 +46,7 @@ from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.solvers import riccati
 from deqmpc.solvers.augmented_lagrangian import STATUS, Status, WarmStart, select
 from deqmpc.solvers.interior_point import Constraint, Function, Point, Rows, at_reference
+from deqmpc.solvers.settings import check_numbers
 
 _CONVERGED, _LIMIT, _INFEASIBLE, _SINGULAR, _NOT_FINITE, _RUNNING = range(6)
 
@@ -68,18 +69,11 @@ class Settings:
     linear_solver: str = 'sequential'  # Riccati recursion: sequential, parallel or auto, as in the AL solver
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type == 'int' and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f'{f.name} = {value!r}; expected an integer >= 1')
-            if f.type == 'float' and not (isinstance(value, (int, float)) and value > 0):
-                raise ValueError(f'{f.name} = {value!r}; expected a number > 0')
+        check_numbers(self)
         if self.gamma < 1 or self.mu_0 > self.mu_max or self.armijo >= 1:
             raise ValueError(f'gamma = {self.gamma}, mu_0 = {self.mu_0}, armijo = {self.armijo}; expected gamma >= 1, '
                              f'mu_0 <= mu_max = {self.mu_max} and armijo < 1')
-        if self.linear_solver not in ('auto', *al.LINEAR_SOLVERS):
-            raise ValueError(f'linear_solver = {self.linear_solver!r}; expected auto, '
-                             f'{" or ".join(al.LINEAR_SOLVERS)}')
+        al.check_linear_solver(self.linear_solver)
 
 
 @dataclass(frozen=True)

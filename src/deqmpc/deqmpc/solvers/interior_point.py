@@ -56,6 +56,7 @@ from deqmpc.problem import Instances, Problem
 from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.solvers import riccati
 from deqmpc.solvers.augmented_lagrangian import STATUS, Status, WarmStart, select
+from deqmpc.solvers.settings import check_numbers
 
 _CONVERGED, _LIMIT, _INFEASIBLE, _SINGULAR, _NOT_FINITE, _RUNNING = range(6)
 _HALF_TO_ROUNDING = 7  # steps of Newton's method from half of a root to all its digits
@@ -87,21 +88,14 @@ class Settings:
     linear_solver: str = 'sequential'  # Riccati recursion: sequential, parallel or auto, as in the AL solver
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type == 'int' and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f'{f.name} = {value!r}; expected an integer >= 1')
-            if f.type == 'float' and not (isinstance(value, (int, float)) and value > 0):
-                raise ValueError(f'{f.name} = {value!r}; expected a number > 0')
+        check_numbers(self)
         for name in ('barrier_ratio', 'delta_ratio', 'shift_down', 'boundary', 'armijo'):
             if getattr(self, name) >= 1:
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number < 1')
         if self.shift_up <= 1 or self.delta_min > self.delta_0:
             raise ValueError(f'shift_up = {self.shift_up}, delta_min = {self.delta_min}; expected shift_up > 1 and '
                              f'delta_min <= delta_0 = {self.delta_0}')
-        if self.linear_solver not in ('auto', *al.LINEAR_SOLVERS):
-            raise ValueError(f'linear_solver = {self.linear_solver!r}; expected auto, '
-                             f'{" or ".join(al.LINEAR_SOLVERS)}')
+        al.check_linear_solver(self.linear_solver)
 
 
 # --- constraints beyond bounds and spheres ----------------------------------------------------------

@@ -39,6 +39,7 @@ from torch import Tensor
 from deqmpc.problem import Instances, Problem
 from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.solvers import interior_point
+from deqmpc.solvers.settings import check_numbers
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,7 @@ class Settings:
     sharpness: float = 0.6  # of a hill: at the sphere's surface it has the share exp(-sharpness)
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type == 'int' and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f'{f.name} = {value!r}; expected an integer >= 1')
-            if f.type == 'float' and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-                raise ValueError(f'{f.name} = {value!r}; expected a finite number >= 0')
+        check_numbers(self, zero=True, finite=True)
         for name in ('alpha', 'eps', 'width'):
             if getattr(self, name) == 0:
                 raise ValueError(f'{name} = 0; expected a number > 0')
