@@ -285,6 +285,36 @@ def curvature(problem: Problem, data: Instances, point: Point, v: Tensor, y: Ten
     return C
 
 
+class Results:
+    """What a solver collects of the samples that are finished. Of the others numbers are NaN and counts 0."""
+
+    def __init__(self, start: WarmStart, finite: Tensor, numbers: Sequence[str] = (), counts: Sequence[str] = (),
+                 multipliers: Sequence[Tensor] = ()):
+        B, nan = len(finite), float('nan')
+        self.status = torch.where(finite, _RUNNING, _NOT_FINITE)
+        self.warm_start = WarmStart(*(v.new_full(v.shape, nan) for v in start.tensors()))
+        self.values = {name: start.mu.new_full((B,), nan)
+                       for name in ('defect', 'violation', 'decrement', 'cost', *numbers)}
+        self.values |= {name: torch.zeros(B, dtype=torch.long, device=finite.device) for name in ('steps', *counts)}
+        self.multipliers = tuple(torch.full_like(v, nan) for v in multipliers)
+
+    def write(self, at: Tensor, finished: Tensor, status: Tensor, warm_start: WarmStart,
+              multipliers: Sequence[Tensor] = (), **values: Tensor):
+        """Of the samples that a solver still has, the `finished` ones (a mask), samples `at` of the batch."""
+        self.status[at] = status[finished]
+        for out, value in zip((*self.warm_start.tensors(), *self.multipliers), (*warm_start.tensors(), *multipliers),
+                              strict=True):
+            out[at] = value[finished]
+        for name, value in values.items():
+            self.values[name][at] = value[finished]
+
+    def solution(self, kind: type[Solution] = Solution, **more) -> Solution:
+        """A solution without a gradient."""
+        start = self.warm_start
+        return kind(x=start.x, u=start.u, warm_start=start, status=self.status,
+                    differentiable=torch.zeros_like(self.status, dtype=torch.bool), **self.values, **more)
+
+
 class _Solver:
     """One batch on its way. Finished samples leave the batch; `out` collects them."""
 
@@ -295,8 +325,7 @@ class _Solver:
         self.rho = row_limits(problem, data.radii.shape[1], settings.elastic, data.x_init)
         finite = data.is_finite() & torch.stack(
             [torch.isfinite(v).reshape(B, -1).all(dim=1) for v in start.tensors()]).all(dim=0)
-        self.out_status = torch.where(finite, _RUNNING, _NOT_FINITE)
-        self.out: dict[str, Tensor] = {}
+        self.out = Results(start, finite)
         self.index = finite.nonzero()[:, 0]
         keep = self.index if len(self.index) < B else slice(None)
         self.data, start = data[keep], start[keep]
@@ -311,36 +340,21 @@ class _Solver:
         self.decrement = self.last.clone()
         self.eps = torch.finfo(like.dtype).eps
         self.fractions = 0.5 ** torch.arange(1, settings.halvings + 1, dtype=like.dtype, device=like.device)
-        self._template(data, start)
-
-    def _template(self, data, start):
-        B = data.x_init.shape[0]
-        nan = float('nan')
-        for name, value in (('x', start.x), ('u', start.u), ('lam', start.lam), ('eta', start.eta), ('mu', start.mu),
-                            ('defect', self.reg), ('violation', self.reg), ('decrement', self.reg), ('cost', self.reg)):
-            self.out[name] = value.new_full((B, *value.shape[1:]), nan)
-        self.out['steps'] = torch.zeros(B, dtype=torch.long, device=data.x_init.device)
 
     def run(self) -> Solution:
         while len(self.index):
             finished = self.iterate()
             if finished.any():
                 self.retire(finished)
-        o = self.out
-        start = WarmStart(*(o[k] for k in ('x', 'u', 'lam', 'eta', 'mu')))
-        return Solution(o['x'], o['u'], start, self.out_status, o['defect'], o['violation'], o['decrement'],
-                        o['cost'], o['steps'], self.out_status < 0)
+        return self.out.solution()
 
     def retire(self, finished):
         """Write the finished samples to `out` and drop them."""
-        p, at = self.point, self.index[finished]
-        h = p.h.flatten(1)
-        values = dict(x=p.x, u=p.u, lam=self.lam, eta=self.eta, mu=self.mu, cost=p.cost, steps=self.steps,
-                      decrement=self.decrement, defect=p.k.flatten(1).abs().amax(dim=1),
-                      violation=h.amax(dim=1).clamp_min(0.0) if h.shape[1] else torch.zeros_like(p.cost))
-        for name, value in values.items():
-            self.out[name][at] = value[finished]
-        self.out_status[at] = self.status[finished]
+        p, h = self.point, self.point.h.flatten(1)
+        self.out.write(self.index[finished], finished, self.status, WarmStart(p.x, p.u, self.lam, self.eta, self.mu),
+                       cost=p.cost, steps=self.steps, decrement=self.decrement,
+                       defect=p.k.flatten(1).abs().amax(dim=1),
+                       violation=h.amax(dim=1).clamp_min(0.0) if h.shape[1] else torch.zeros_like(p.cost))
         keep = ~finished
         self.index = self.index[keep]
         if len(self.index):

@@ -162,8 +162,8 @@ class _Solver:
         x = rollout(problem, data.x_init, start.u)
         given = torch.stack([torch.isfinite(w).reshape(B, -1).all(dim=1) for w in (x, start.u, start.lam, start.mu)])
         finite = data.is_finite() & given.all(dim=0)
-        self.out_status = torch.where(finite, _RUNNING, _NOT_FINITE)
-        self._template(data, start)
+        self.out = al.Results(start, finite, numbers=('gradient',), counts=('iterations',),
+                              multipliers=self.rows.blank(start.mu))
         self.index = finite.nonzero()[:, 0]
         self.data, start = data[self.index], start[self.index]
         self.point = self.at(slice(None), x[self.index], start.u)
@@ -174,39 +174,20 @@ class _Solver:
                             x.new_zeros(len(count), T, n, n + problem.m), torch.zeros_like(count, dtype=torch.bool),
                             zero + float('inf'), zero + float('inf'), count, count.clone(), count.clone())
 
-    def _template(self, data, start):
-        B, nan = data.x_init.shape[0], float('nan')
-        self.out = {name: torch.full_like(w, nan) for name, w in zip(('x', 'u', 'lam', 'eta', 'mu'), start.tensors(),
-                                                                     strict=True)}
-        self.out |= {name: start.mu.new_full((B,), nan) for name in (
-            'defect', 'violation', 'decrement', 'cost', 'gradient')}
-        self.out |= {name: torch.zeros(B, dtype=torch.long, device=start.mu.device) for name in ('steps', 'iterations')}
-        self.multipliers = [start.mu.new_full((B, 1 if c.terminal else self.problem.horizon, width), nan)
-                            for c, width in zip(self.rows.constraints, self.rows.widths, strict=True)]
-
     def run(self) -> Solution:
         while len(self.index):
             finished = self.iterate()
             if finished.any():
                 self.retire(finished)
-        o = self.out
-        start = WarmStart(*(o[k] for k in ('x', 'u', 'lam', 'eta', 'mu')))
-        return Solution(o['x'], o['u'], start, self.out_status, o['defect'], o['violation'], o['decrement'], o['cost'],
-                        o['steps'], torch.zeros_like(self.out_status, dtype=torch.bool), o['gradient'],
-                        o['iterations'], tuple(self.multipliers))
+        return self.out.solution(Solution, multipliers=self.out.multipliers)
 
     def retire(self, finished):
         """Write the finished samples to `out` and drop them."""
-        p, state, at = self.point, self.state, self.index[finished]
+        p, state = self.point, self.state
         lam, multipliers = self.rows.split(state.z, state.v)
-        values = dict(x=p.x, u=p.u, lam=lam, eta=state.y, mu=state.mu, cost=p.cost, defect=torch.zeros_like(p.cost),
-                      violation=violation(p), decrement=state.decrement, gradient=state.gradient, steps=state.steps,
-                      iterations=state.outer)
-        for name, value in values.items():
-            self.out[name][at] = value[finished]
-        for out, value in zip(self.multipliers, multipliers, strict=True):
-            out[at] = value[finished]
-        self.out_status[at] = self.status[finished]
+        self.out.write(self.index[finished], finished, self.status, WarmStart(p.x, p.u, lam, state.y, state.mu),
+                       multipliers, cost=p.cost, defect=torch.zeros_like(p.cost), violation=violation(p),
+                       decrement=state.decrement, gradient=state.gradient, steps=state.steps, iterations=state.outer)
         keep = ~finished
         self.index = self.index[keep]
         self.data, self.state, self.point = self.data[keep], self.state[keep], p.map(lambda w: w[keep])

@@ -215,6 +215,11 @@ class Rows:
         self.widths = [c.value(zero(1, 1, problem.n), zero(1, 1, problem.m), zero(1, 1, problem.n)).shape[-1]
                        for c in constraints]
 
+    def blank(self, like: Tensor) -> list[Tensor]:
+        """Empty multipliers of the constraints, (B, P, c) each, for `like` (B, ...)."""
+        return [like.new_empty(len(like), 1 if c.terminal else self.problem.horizon, width)
+                for c, width in zip(self.constraints, self.widths, strict=True)]
+
     def limits(self, spheres: int, elastic: float, like: Tensor) -> Tensor:
         """rho (G,): `elastic` for bounds on the state and spheres, inf for bounds on inputs and for constraints."""
         own = al.row_limits(self.problem, spheres, elastic, like).repeat(self.problem.horizon)
@@ -334,26 +339,15 @@ class _Solver:
         B = data.x_init.shape[0]
         finite = data.is_finite() & torch.stack(
             [torch.isfinite(v).reshape(B, -1).all(dim=1) for v in start.tensors()]).all(dim=0)
-        self.out_status = torch.where(finite, _RUNNING, _NOT_FINITE)
         self.index = finite.nonzero()[:, 0]
         self.rows = Rows(problem, data, constraints)
+        self.out = al.Results(start, finite, numbers=('error',), multipliers=self.rows.blank(start.mu))
         self.rho = self.rows.limits(data.radii.shape[1], settings.elastic, data.x_init)
         self.soft = torch.isfinite(self.rho).nonzero()[:, 0]
         self.eps = torch.finfo(data.x_init.dtype).eps
-        self._template(data, start)
         self.data, start = data[self.index], start[self.index]
         self.point = self.rows.at(self.data, start.x, start.u)
         self.state = self._first(start)
-
-    def _template(self, data, start):
-        B, nan = data.x_init.shape[0], float('nan')
-        self.out = {name: v.new_full(v.shape, nan) for name, v in zip(('x', 'u', 'lam', 'eta', 'mu'), start.tensors(),
-                                                                      strict=True)}
-        self.out |= {name: start.mu.new_full((B,), nan) for name in (
-            'defect', 'violation', 'decrement', 'cost', 'error')}
-        self.out['steps'] = torch.zeros(B, dtype=torch.long, device=start.mu.device)
-        self.multipliers = [start.mu.new_full((B, 1 if c.terminal else self.problem.horizon, width), nan)
-                            for c, width in zip(self.rows.constraints, self.rows.widths, strict=True)]
 
     def _first(self, start) -> _State:
         """Slacks and multipliers on the central path of the first mu, those above it kept."""
@@ -376,25 +370,18 @@ class _Solver:
                 self.retire(finished)
             if not finished.all():
                 self.step(self.direction())
-        o = self.out
-        start = WarmStart(*(o[k] for k in ('x', 'u', 'lam', 'eta', 'mu')))
-        return Solution(o['x'], o['u'], start, self.out_status, o['defect'], o['violation'], o['decrement'], o['cost'],
-                        o['steps'], self.out_status < 0, o['error'], tuple(self.multipliers))
+        return self.out.solution(Solution, multipliers=self.out.multipliers)
 
     def retire(self, finished):
         """Write the finished samples to `out` and drop them."""
-        p, state, at = self.point, self.state, self.index[finished]
+        p, state = self.point, self.state
         lam, multipliers = self.rows.split(state.z, state.v)
         rows = torch.cat([p.g, p.e.abs()], dim=1)
         violation = rows.amax(dim=1).clamp_min(0.0) if rows.shape[1] else torch.zeros_like(p.cost)
-        values = dict(x=p.x, u=p.u, lam=lam, eta=state.y, mu=1.0 / state.delta_k.flatten(1).amin(dim=1), cost=p.cost,
-                      defect=_largest(p.k), violation=violation, decrement=state.decrement, error=self.error,
-                      steps=state.steps)
-        for name, value in values.items():
-            self.out[name][at] = value[finished]
-        for out, value in zip(self.multipliers, multipliers, strict=True):
-            out[at] = value[finished]
-        self.out_status[at] = self.status[finished]
+        start = WarmStart(p.x, p.u, lam, state.y, 1.0 / state.delta_k.flatten(1).amin(dim=1))
+        self.out.write(self.index[finished], finished, self.status, start, multipliers, cost=p.cost,
+                       defect=_largest(p.k), violation=violation, decrement=state.decrement, error=self.error,
+                       steps=state.steps)
         keep = ~finished
         self.index = self.index[keep]
         self.data, self.state, self.point = self.data[keep], self.state[keep], p.map(lambda v: v[keep])
