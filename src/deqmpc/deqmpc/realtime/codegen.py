@@ -44,11 +44,14 @@ def c_source(equations: Equations, position: Sequence[int]) -> str:
 _FUNCTIONS = ('sin', 'cos', 'tan', 'exp', 'log', 'sqrt', 'tanh', 'asin', 'acos', 'atan')
 
 
-def _printer():
+def doubles_printer() -> type:
+    """Base class of printers of C: a function, since to import sympy takes a second."""
     from sympy.printing.c import C99CodePrinter
 
-    class Printer(C99CodePrinter):
-        """Expressions over vec. All numbers are doubles with all 53 bits; powers are products."""
+    class Doubles(C99CodePrinter):
+        """All numbers are doubles with all 53 bits; integer powers up to `products` are products."""
+
+        products = 8
 
         def _print_Float(self, expr):
             return repr(float(expr))
@@ -56,17 +59,30 @@ def _printer():
         def _print_Integer(self, expr):
             return repr(float(expr))
 
+        def _print_Pow(self, expr):
+            if not (expr.exp.is_Integer and 0 < abs(int(expr.exp)) <= self.products):
+                return self.other_power(expr)
+            product = '*'.join([self.parenthesize(expr.base, 100)] * abs(int(expr.exp)))
+            return f'({product})' if expr.exp > 0 else f'(1.0/({product}))'
+
+        def other_power(self, expr):
+            return super()._print_Pow(expr)
+
+    return Doubles
+
+
+def _printer():
+    class Printer(doubles_printer()):
+        """Expressions over vec."""
+
         def _print_Rational(self, expr):
             return repr(float(expr))
 
         def _print_NumberSymbol(self, expr):
             return repr(float(expr))
 
-        def _print_Pow(self, expr):
+        def other_power(self, expr):
             base = self.parenthesize(expr.base, 100)
-            if expr.exp.is_Integer and 0 < abs(int(expr.exp)) <= 8:
-                product = '*'.join([base] * abs(int(expr.exp)))
-                return f'({product})' if expr.exp > 0 else f'(1.0/({product}))'
             if expr.exp.is_Rational and expr.exp.q == 2 and abs(expr.exp.p) == 1:
                 return f'lanes_sqrt({base})' if expr.exp > 0 else f'(1.0/lanes_sqrt({base}))'
             raise ValueError(f'cannot write {expr} in C; expected integer powers up to 8 or square roots')

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deqmpc.dynamics import equations
 from deqmpc.dynamics.equations import Program
-from deqmpc.realtime import build
+from deqmpc.realtime import build, codegen
 
 
 @dataclass(frozen=True)
@@ -114,29 +114,15 @@ def _c_function(program, name, width):
 
 
 def _printer():
-    from sympy.printing.c import C99CodePrinter
-
-    class Printer(C99CodePrinter):
-        """All numbers are doubles with all 53 bits; small powers are products."""
-
-        def _print_Float(self, expr):
-            return repr(float(expr))
-
-        def _print_Integer(self, expr):
-            return repr(float(expr))
-
-        def _print_Pow(self, expr):
-            if not (expr.exp.is_Integer and 0 < abs(int(expr.exp)) <= 10):
-                return super()._print_Pow(expr)
-            product = '*'.join([self.parenthesize(expr.base, 100)] * abs(int(expr.exp)))
-            return f'({product})' if expr.exp > 0 else f'(1.0/({product}))'
+    class Printer(codegen.doubles_printer()):
+        products = 10
 
     return Printer().doprint
 
 
 def _text(conditions):
     import deqmpc.solvers.cone_program as own
-    modules = {inspect.getmodule(c) for c in type(conditions).__mro__ if c is not object} | {equations, own}
+    modules = {inspect.getmodule(c) for c in type(conditions).__mro__ if c is not object} | {codegen, equations, own}
     try:
         sources = [inspect.getsource(m) for m in sorted(modules, key=lambda m: m.__name__)]
         sources.append(inspect.getsource(inspect.getmodule(c_source)))
