@@ -19,10 +19,19 @@ from deqmpc.dynamics.crazyflie import Crazyflie
 from deqmpc.planners import Planned, largest_violation, rows_of
 from deqmpc.policies.mpc_only import MpcOnly
 from deqmpc.policies.mpc_only import Settings as MpcOnlySettings
+from deqmpc.problem import Instances, Problem
 from deqmpc.realtime import RealtimeSolver
 from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.tasks import Spheres, Task
 from deqmpc.types import Obstacles, RigidBodyState
+
+
+def toward_goal(problem: Problem, task: Task, x: Tensor, spheres: Spheres, times: Tensor) -> Instances:
+    """From x (B, n), with the goal as the reference at every knot, around the spheres with the task's margin; `times`
+    (T+1,) are those of the knots."""
+    B, T = len(x), problem.horizon
+    return problem.instances(x, task.goal.expand(B, T + 1, -1), task.u_ref.expand(B, T, -1), spheres.ahead(times),
+                             spheres.inflated(task.margin))
 
 
 class GoalPlanner:
@@ -38,11 +47,8 @@ class GoalPlanner:
     @torch.no_grad()
     def plan(self, x: Tensor, spheres: Spheres, memory: Memory | None = None) -> Planned:
         """See deqmpc.planners.Planner."""
-        task, T = self.task, self.problem.horizon
-        x = task.wrapped(x)
-        u_ref, goal = task.u_ref.expand(len(x), T, -1), task.goal.expand(len(x), T + 1, -1)
-        radii = spheres.inflated(task.margin)
-        data = self.problem.instances(x, goal, u_ref, spheres.ahead(self.times), radii)
+        task, x = self.task, self.task.wrapped(x)
+        data = toward_goal(self.problem, task, x, spheres, self.times)
         start = al.cold_start(self.problem, data, al.Settings())
         if memory is not None:
             old = memory.solver.shifted()
@@ -59,10 +65,10 @@ class GoalPlanner:
 
 @dataclass(frozen=True)
 class Memory:
-    """What GoalPlanner remembers."""
+    """What GoalPlanner and deqmpc.shooting.ShootingPlanner remember."""
 
     solver: al.WarmStart
-    known: Tensor  # (B,) bool
+    known: Tensor  # (B,) bool: whether there is a plan to start from
 
     def __getitem__(self, rows: Tensor) -> Memory:
         """Those of some episodes."""

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deqmpc.baselines import Memory, toward_goal
 from deqmpc.dynamics.optimization_based.projection import Box, ProjectedInputs
-from deqmpc.planners import Planned, largest_violation, rows_of
+from deqmpc.planners import Planned, largest_violation
 from deqmpc.problem import Problem
 from deqmpc.solvers import ilqr
 from deqmpc.solvers.settings import check_numbers
@@ -56,18 +57,6 @@ def _rebuilt(problem: Problem, dynamics, settings: Settings, **limits) -> Proble
                    x_high=problem.x_high, position=range(problem.n)[problem.position], **limits)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What ShootingPlanner remembers."""
-
-    solver: ilqr.WarmStart
-    known: Tensor  # (B,) bool: whether there is a plan to start from
-
-    def __getitem__(self, rows: Tensor) -> Memory:
-        """Those of some episodes."""
-        return rows_of(self, rows)
-
-
 class ShootingPlanner:
     """x_ref = goal at every knot, `iterations` of iLQR a control step from the last inputs shifted by one knot. A
     deqmpc.planners.Planner. `horizon` replaces the task's."""
@@ -86,11 +75,8 @@ class ShootingPlanner:
     @torch.no_grad()
     def plan(self, x: Tensor, spheres: Spheres, memory: Memory | None = None) -> Planned:
         """See deqmpc.planners.Planner."""
-        task, T = self.task, self.problem.horizon
-        x = task.wrapped(x)
-        u_ref, goal = task.u_ref.expand(len(x), T, -1), task.goal.expand(len(x), T + 1, -1)
-        centers = spheres.ahead(self.times)
-        data = self.problem.instances(x, goal, u_ref, centers, spheres.inflated(task.margin))
+        task, x = self.task, self.task.wrapped(x)
+        data = toward_goal(self.problem, task, x, spheres, self.times)
         start, new = self._start(data, memory)
         end = start
         for rows, count in ((new, self.settings.first_iterations), (~new, self.settings.iterations)):
@@ -99,7 +85,7 @@ class ShootingPlanner:
                 end = _put(end, rows, found.warm_start)
         states, u = end.x, self.applied(end.u)
         ok = torch.isfinite(states).flatten(1).all(dim=1) & torch.isfinite(u).flatten(1).all(dim=1)
-        own = self.limited.instances(x, goal, u_ref, centers, spheres.radii)
+        own = replace(toward_goal(self.limited, task, x, spheres, self.times), radii=spheres.radii)
         violation = largest_violation(self.limited, own, states, u, ok)
         first = torch.where(ok.unsqueeze(1), u[:, 0], task.u_ref)
         defect = torch.where(ok, x.new_zeros(len(x)), float('nan'))  # of a rollout
