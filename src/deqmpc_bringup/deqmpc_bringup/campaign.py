@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deqmpc import yaml_file
+from deqmpc import whole_file, yaml_file
 from deqmpc.policies import model
 from deqmpc.provenance import commit
 from deqmpc_bringup.composition import CompositionError, compose, parse_assignments, share_dir
@@ -176,9 +176,7 @@ class Manifest:
 
     def save(self) -> None:
         """Write it, never half."""
-        partial = self.path.with_suffix('.part')
-        partial.write_text(json.dumps(self.data, indent=1) + '\n')
-        os.replace(partial, self.path)
+        whole_file.write_text(self.path, json.dumps(self.data, indent=1) + '\n')
 
 
 @contextlib.contextmanager

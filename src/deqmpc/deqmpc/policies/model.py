@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +25,7 @@ from deqmpc import yaml_file
 from deqmpc.networks.obstacle_motion import ObstacleMotion
 from deqmpc.networks.temporal import Settings, TemporalNetwork
 from deqmpc.solvers import anderson
+from deqmpc.whole_file import replacing
 
 S = TypeVar('S')
 WEIGHTS, SETTINGS = 'weights.safetensors', 'settings.yaml'
@@ -58,9 +58,8 @@ def save(folder: str | Path, model: Model) -> None:
         'method': _plain(model.method), 'problem': _plain(model.problem),
         'card': _plain(model.card), 'weights_sha256': hashlib.sha256(weights).hexdigest()}, sort_keys=False)
     for name, content in ((WEIGHTS, weights), (SETTINGS, text.encode())):
-        part = folder / (name + '.part')
-        part.write_bytes(content)
-        os.replace(part, folder / name)
+        with replacing(folder / name) as part:
+            part.write_bytes(content)
 
 
 def load(folder: str | Path) -> Model:

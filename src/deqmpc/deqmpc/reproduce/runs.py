@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from deqmpc import datasets, evaluation, tasks
+from deqmpc import datasets, evaluation, tasks, whole_file
 from deqmpc.datasets import Demonstrations
 from deqmpc.planners import ModelPlanner, load_model
 from deqmpc.policies.deq_mpc import DeqMpc, distance
@@ -220,8 +220,7 @@ def perform(run: Run, tests: tuple[Test, ...], demonstrations: Path, store: Path
         data = datasets.load(demonstrations)
         for test in tests:
             result = json.dumps(_plain(measure(folder / 'model', run, test, data)), indent=1)
-            (folder / (test.file + '.part')).write_text(result)
-            os.replace(folder / (test.file + '.part'), folder / test.file)
+            whole_file.write_text(folder / test.file, result)
 
 
 def measure(model: Path, run: Run, test: Test, data: Demonstrations) -> dict[str, Any]:

@@ -7,7 +7,6 @@ and, with the same settings, ends with the same weights as one that was not.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deqmpc.training.imitation import Trainer
+from deqmpc.whole_file import replacing
 
 NAME = 'checkpoint.safetensors'
 _MOMENTS = ('exp_avg', 'exp_avg_sq')
@@ -26,9 +26,8 @@ def save(folder: Path, trainer: Trainer, settings: dict) -> None:
     for i, state in trainer.optimizer.state_dict()['state'].items():
         tensors |= {f'adam.{i}.{k}': state[k].detach().cpu().contiguous() for k in _MOMENTS}
     tensors['generator'] = trainer.generator.get_state()
-    part = folder / (NAME + '.part')
-    save_file(tensors, part, {'step': str(trainer.done), 'settings': json.dumps(settings, sort_keys=True)})
-    os.replace(part, folder / NAME)
+    with replacing(folder / NAME) as part:
+        save_file(tensors, part, {'step': str(trainer.done), 'settings': json.dumps(settings, sort_keys=True)})
 
 
 def load(folder: Path, trainer: Trainer, settings: dict) -> bool:

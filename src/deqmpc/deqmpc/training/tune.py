@@ -35,7 +35,6 @@ import argparse
 import csv
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -50,7 +49,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from deqmpc import datasets, tasks, yaml_file
+from deqmpc import datasets, tasks, whole_file, yaml_file
 from deqmpc.airframe import Airframe
 from deqmpc.datasets import Demonstrations
 from deqmpc.evaluation import changed
@@ -319,7 +318,7 @@ def run(a: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
               'curvature': {name: log.rows[-1][f'{name} curvature'] for name in a.parameters},
               'at_limit': tuner.at_limit(theta),
               **judged(task, folder / BEFORE, folder, fresh, settings), 'folder': str(folder)}
-    _replace(folder / RESULT, json.dumps(result, indent=2) + '\n')
+    whole_file.write_text(folder / RESULT, json.dumps(result, indent=2) + '\n')
     return result
 
 
@@ -445,20 +444,13 @@ class Log:
     def write(self, tuner: Tuner, row: dict[str, Any]) -> None:
         """One update more."""
         self.rows.append(row)
-        with (self.folder / (LOG + '.part')).open('w', newline='') as file:
+        with whole_file.replacing(self.folder / LOG) as part, part.open('w', newline='') as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(self.folder / (LOG + '.part'), self.folder / LOG)
-        _replace(self.folder / STATE, json.dumps({
+        whole_file.write_text(self.folder / STATE, json.dumps({
             'about': self.about, 'z': tuner.z.tolist(), 'momentum': tuner.state.momentum.tolist(),
             'hessian': tuner.state.hessian.tolist(), 'rows': self.rows}))
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(path.suffix + '.part')
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def _texts(values: dict[str, float]) -> str:
