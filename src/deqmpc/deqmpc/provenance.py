@@ -1,7 +1,8 @@
-"""Which code made a result."""
+"""Which code and which files made a result."""
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from pathlib import Path
 
@@ -14,3 +15,8 @@ def commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return 'unknown'
     return answer.stdout.strip()
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -23,7 +23,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -38,7 +37,7 @@ from typing import Any
 
 from deqmpc import whole_file, yaml_file
 from deqmpc.policies import model
-from deqmpc.provenance import commit
+from deqmpc.provenance import commit, sha256
 from deqmpc_bringup.composition import CompositionError, compose, parse_assignments, share_dir
 from deqmpc_bringup.fly import fly
 from deqmpc_bringup.trial import OUTCOME, flown, fly_all, parse_seeds, processes
@@ -130,16 +129,12 @@ def provenance(campaign: Campaign) -> dict[str, Any]:
         if not file.is_file():
             raise CompositionError(f'policy {name!r}: no {file}; expected one of '
                                    f'{", ".join(sorted(p.stem for p in file.parent.glob("*.yaml")))}')
-        policies[name] = {'file_sha256': _sha256(file)}
+        policies[name] = {'file_sha256': sha256(file)}
         folder = (yaml_file.load(file) or {}).get('model')
         if folder:
-            policies[name]['weights_sha256'] = _sha256(file.parent / folder / model.WEIGHTS)
+            policies[name]['weights_sha256'] = sha256(file.parent / folder / model.WEIGHTS)
     return {'commit': commit(), 'python': platform.python_version(), 'platform': platform.machine(),
             'versions': {name: version(name) for name in PACKAGES}, 'policies': policies}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Manifest:

@@ -35,7 +35,7 @@ from deqmpc.datasets import Demonstrations
 from deqmpc.planners import ModelPlanner, load_model
 from deqmpc.policies.deq_mpc import DeqMpc, distance
 from deqmpc.policies.deq_mpc import Settings as Method
-from deqmpc.provenance import commit
+from deqmpc.provenance import commit, sha256
 from deqmpc.tasks import Task
 from deqmpc.training import train
 from deqmpc.training.imitation import VARIANTS, Settings, Streaming, Trainer
@@ -95,7 +95,7 @@ class Run:
 
     def folder(self, demonstrations: Path) -> str:
         """Name of its folder."""
-        known = _digest([asdict(self), _sha256(demonstrations)])
+        known = _digest([asdict(self), _sha256_once(demonstrations)])
         return f'{self.task}-{self.variant}-h{self.hidden}-s{self.training.seed}-{known}'
 
     def command(self, demonstrations: Path, out: Path) -> list[str]:
@@ -278,6 +278,4 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
-@cache
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+_sha256_once = cache(sha256)

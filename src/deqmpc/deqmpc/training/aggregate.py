@@ -16,7 +16,6 @@ restarts: they stand behind nominal ones that train, so that those that validate
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import shlex
 import sys
@@ -34,7 +33,7 @@ from deqmpc.datasets import Demonstrations
 from deqmpc.experts import Trajectory
 from deqmpc.planners import ModelPlanner, Planner, load_model
 from deqmpc.policies import model as model_folder
-from deqmpc.provenance import commit
+from deqmpc.provenance import commit, sha256
 from deqmpc.rollouts import rollout
 from deqmpc.tasks import Spheres, Task
 
@@ -147,7 +146,7 @@ def run(a: argparse.Namespace, argv: list[str]) -> Demonstrations:
     made = [t for t in found if t is not None]
     if not made:
         raise ValueError(f'{a.task}: the expert has no answer at any of {len(x)} states')
-    digest = hashlib.sha256((a.model / model_folder.WEIGHTS).read_bytes()).hexdigest() if a.model else ''
+    digest = sha256(a.model / model_folder.WEIGHTS) if a.model else ''
     about = {**asdict(settings), 'command': 'python -m deqmpc.training.aggregate ' + shlex.join(argv),
              'commit': commit(), 'answered': len(made), 'weights_sha256': digest}
     whole = joined(given, made, settings.split_seed)

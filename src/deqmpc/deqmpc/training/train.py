@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import hashlib
 import os
 import shlex
 import sys
@@ -28,7 +27,7 @@ from deqmpc import datasets, tasks
 from deqmpc.networks.temporal import OUTPUTS
 from deqmpc.policies import model as model_folder
 from deqmpc.policies.deq_mpc import DeqMpc, Iterates
-from deqmpc.provenance import commit
+from deqmpc.provenance import commit, sha256
 from deqmpc.training import checkpoint
 from deqmpc.training.imitation import (
     VARIANTS,
@@ -111,7 +110,7 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
     task = tasks.make(a.task, **_numbers(a.change, '--change'))
     path = a.demonstrations or Path('runs/experts') / f'{a.task}.npz'
     demonstrations = datasets.load(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256(path)
     about = {'task': a.task, 'policy': a.policy, 'hidden': a.hidden,
              'trajectories': a.trajectories or len(demonstrations.lengths), 'demonstrations_sha256': digest,
              'method': a.method, 'motion': a.motion,
@@ -228,8 +227,8 @@ def _origin(folder: Path | None) -> dict[str, dict[str, str]]:
     if folder is None:
         return {}
     card = model_folder.load(folder).card
-    digest = hashlib.sha256((folder / model_folder.WEIGHTS).read_bytes()).hexdigest()
-    return {'init': {**{k: card.get(k, '') for k in ('command', 'commit')}, 'weights_sha256': digest}}
+    return {'init': {**{k: card.get(k, '') for k in ('command', 'commit')},
+                     'weights_sha256': sha256(folder / model_folder.WEIGHTS)}}
 
 
 def _numbers(given: list[str], option: str) -> dict[str, float | int | bool]:
