@@ -30,7 +30,7 @@ import os
 import platform
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,9 +154,19 @@ class Manifest:
         self.data['sessions'].append(provenance(campaign))
         self.save()
 
-    def note(self, name: str, reason: str | None) -> None:
-        """How a trial ended: '' well, None: it did not."""
-        self._note(name, reason, len(self.data['sessions']) - 1)
+    @property
+    def session(self) -> int:
+        """Number of this one."""
+        return len(self.data['sessions']) - 1
+
+    def begin(self, names: Iterable[str]) -> None:
+        """The trials that are left to this session."""
+        self.data['trials'].update({name: {'state': 'open', 'reason': '', 'session': self.session} for name in names})
+        self.save()
+
+    def note(self, name: str, reason: str) -> None:
+        """How a trial ended: '' well."""
+        self._note(name, reason, self.session)
 
     def note_found(self, name: str, reason: str) -> None:
         """How a trial ended that was found flown: it may have ended after the session that began it was stopped."""
@@ -165,8 +175,7 @@ class Manifest:
             self._note(name, reason, begun['session'])
 
     def _note(self, name, reason, session):
-        state = 'open' if reason is None else 'ended early' if reason else 'done'
-        self.data['trials'][name] = {'state': state, 'reason': reason or '', 'session': session}
+        self.data['trials'][name] = {'state': 'ended early' if reason else 'done', 'reason': reason, 'session': session}
         self.save()
 
     def save(self) -> None:
@@ -235,9 +244,9 @@ def main(argv: list[str]) -> int:
         for name, reason in ended.items():
             if reason is not None:
                 manifest.note_found(name, reason)
-        for name, given in left:
+        for _, given in left:
             Path(given['run_dir']).mkdir(parents=True)
-            manifest.note(name, None)
+        manifest.begin(name for name, _ in left)
         print(f'{len(left)} of {len(todo)} trials to fly, in {folder}', file=sys.stderr)
         if left and campaign.mode == 'sim' and campaign.in_process:
             with engine(max(1, options.jobs), options.dask) as pool:
