@@ -1,11 +1,9 @@
 """The Crazyflie's equations and their generated derivatives."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from solver_benchmark import FRAME, recorded
 
 from deqmpc.airframe import GRAVITY, Airframe
 from deqmpc.dynamics import rotation
@@ -14,7 +12,6 @@ from deqmpc.dynamics.equations import jacobian_program, python_source
 from deqmpc.dynamics.integrators import RK4
 
 torch.set_num_threads(1)
-DATA = Path(os.environ.get('DEQMPC_DATA', Path(__file__).parents[4] / 'shared' / 'data'))
 AIRFRAMES = {
     'cf21': Airframe(),
     'no drag': Airframe(drag=(0.0, 0.0, 0.0)),
@@ -104,11 +101,7 @@ def test_generated_source_is_straight_line_code():
 
 
 def test_model_reproduces_the_benchmark_dynamics():
-    if not (DATA / 'solver' / 'quadrotor_T20.npz').exists():
-        pytest.skip(f'solver benchmark data not found under {DATA}')
-    data = np.load(DATA / 'solver' / 'quadrotor_T20.npz')
-    frame = Airframe(mass=0.034, inertia=(1.657e-5, 1.666e-5, 2.926e-5), motor_offset=0.046 / 2 ** 0.5,
-                     thrust_to_torque=0.006, drag=(0.0, 0.0, 0.0))
+    data = recorded(20)
     xs, us = torch.from_numpy(data['xs']), torch.from_numpy(data['us'])
-    defect = RK4(Crazyflie(frame), 0.05).step(xs[:, :-1], us) - xs[:, 1:]
+    defect = RK4(Crazyflie(FRAME), 0.05).step(xs[:, :-1], us) - xs[:, 1:]
     assert defect.abs().max() < 1e-8  # Ipopt's own tolerance

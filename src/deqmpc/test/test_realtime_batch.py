@@ -4,11 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import solver_benchmark
 import torch
 
-from deqmpc.airframe import Airframe
-from deqmpc.dynamics.crazyflie import Crazyflie
-from deqmpc.problem import Instances, Problem
+from deqmpc.problem import Instances
 from deqmpc.realtime import RealtimeSolver, Settings, WarmStart, build
 from deqmpc.realtime import solver as realtime
 from deqmpc.solvers import augmented_lagrangian as al
@@ -23,11 +22,7 @@ needs_compiler = pytest.mark.skipif(not build.available(), reason='no C compiler
 
 
 def problem(horizon=T, **bounds):
-    craft = Airframe(mass=0.034, inertia=(1.657e-5, 1.666e-5, 2.926e-5), motor_offset=0.046 / 2 ** 0.5,
-                     thrust_to_torque=0.006, drag=(0.0, 0.0, 0.0))
-    Q = [20.0] * 3 + [1.0] * 6 + [0.05] * 3
-    return Problem(Crazyflie(craft), 0.05, horizon, Q, [0.05] * 4, **{'u_low': [0.3] * 4, 'u_high': [1.3] * 4,
-                                                                     **bounds})
+    return solver_benchmark.problem(horizon, **{'u_low': [0.3] * 4, 'u_high': [1.3] * 4, **bounds})
 
 
 def instances(p, B=20, seed=0, requires_grad=False):

@@ -1,30 +1,17 @@
 """Solves of which no plan is known: RealtimeSolver.solve_cold."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from solver_benchmark import RADII, problem, recorded
 
-from deqmpc.airframe import Airframe
-from deqmpc.dynamics.crazyflie import Crazyflie
-from deqmpc.problem import Problem
 from deqmpc.realtime import RealtimeSolver, Settings, WarmStart, build
 from deqmpc.realtime import solver as realtime
 from deqmpc.solvers import augmented_lagrangian as al
 
 torch.set_num_threads(1)
-DATA = Path(os.environ.get('DEQMPC_DATA', Path(__file__).resolve().parents[4] / 'shared' / 'data'))
-FRAME = Airframe(mass=0.034, inertia=(1.657e-5, 1.666e-5, 2.926e-5), motor_offset=0.046 / 2 ** 0.5,
-                 thrust_to_torque=0.006, drag=(0.0, 0.0, 0.0))
 
 compiled = pytest.mark.skipif(not build.available(), reason='no C compiler on this machine')
-
-
-def problem(T=20):
-    return Problem(Crazyflie(FRAME), 0.05, T, [20.0] * 3 + [1.0] * 6 + [0.05] * 3, [0.05] * 4, u_low=[0.1] * 4,
-                   u_high=[1.75] * 4)
 
 
 def flight(T, centers, radius):
@@ -113,14 +100,10 @@ def test_the_torch_solver_has_the_same_method(monkeypatch):
 @pytest.mark.parametrize('T', [5, 20, 50])
 def test_benchmark_instances_are_solved_to_the_optimum_of_ipopt_without_a_warm_start(T):
     """Residual 1e-6 and cost within 1e-4 of Ipopt's, which started from the shifted plan; the goal is 99 %."""
-    path = DATA / 'solver' / f'quadrotor_T{T}.npz'
-    if not path.exists():
-        pytest.skip(f'{path} not found: solver benchmark data are not part of the repository')
-    with np.load(path) as file:
-        d = dict(file)
+    d = recorded(T)
     solver, missed = RealtimeSolver(problem(T), 40), []
     for i, best in enumerate(d['cost']):
-        s = solver.solve_cold(d['x0'][i], d['xr'][i], np.ones((T, 4)), d['obs'][i], np.full(40, 0.15))
+        s = solver.solve_cold(d['x0'][i], d['xr'][i], np.ones((T, 4)), d['obs'][i], RADII)
         if s.status is not al.Status.CONVERGED or s.residual > 1e-6 or s.cost > (1 + 1e-4) * best:
             missed.append((i, s.status.name, s.residual, s.cost / best - 1))
     assert len(missed) <= (0 if T == 5 else 1), missed

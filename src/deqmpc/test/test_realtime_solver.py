@@ -6,13 +6,12 @@ import resource
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from solver_benchmark import FRAME, RADII, problem, recorded
 
-from deqmpc.airframe import Airframe
 from deqmpc.dynamics.crazyflie import Crazyflie
 from deqmpc.dynamics.quadrotor import Quadrotor
 from deqmpc.problem import Problem
@@ -21,17 +20,9 @@ from deqmpc.realtime import solver as realtime
 from deqmpc.solvers import augmented_lagrangian as al
 
 torch.set_num_threads(1)
-DATA = Path(os.environ.get('DEQMPC_DATA', Path(__file__).resolve().parents[4] / 'shared' / 'data'))
-BENCHMARK = Airframe(mass=0.034, inertia=(1.657e-5, 1.666e-5, 2.926e-5), motor_offset=0.046 / 2 ** 0.5,
-                     thrust_to_torque=0.006, drag=(0.0, 0.0, 0.0))
 FIXED = al.Settings(iterations=2, gn_steps=2, optimality=0.0)
 
 pytestmark = pytest.mark.skipif(not build.available(), reason='no C compiler on this machine')
-
-
-def problem(T=5, equations=Crazyflie(BENCHMARK), **bounds):
-    Q = [20.0] * 3 + [1.0] * 6 + [0.05] * 3
-    return Problem(equations, 0.05, T, Q, [0.05] * 4, **{'u_low': [0.1] * 4, 'u_high': [1.75] * 4, **bounds})
 
 
 SOFT = {'x_low': [-np.inf, -np.inf, -0.02, *[-np.inf] * 9],
@@ -67,7 +58,7 @@ def kkt(p, given, solution):
     return stationarity, *(float(v.detach()) for v in (k.abs().max(), h.max(), (lam * h).abs().max(), lam.min()))
 
 
-@pytest.mark.parametrize('equations', [Crazyflie(BENCHMARK), Crazyflie(), Quadrotor()], ids=['no drag', 'drag', 'body'])
+@pytest.mark.parametrize('equations', [Crazyflie(FRAME), Crazyflie(), Quadrotor()], ids=['no drag', 'drag', 'body'])
 def test_compiled_dynamics_and_jacobian_equal_the_torch_definition(equations):
     p = problem(T=11, equations=equations)
     solver = RealtimeSolver(p, 0)
@@ -299,14 +290,11 @@ def test_a_kept_text_of_other_dynamics_is_noticed_and_made_again(tmp_path, monke
 @pytest.mark.parametrize('T, failures', [(5, 0), (20, 1), (50, 1)])
 def test_benchmark_instances_are_solved_to_the_optimum_of_ipopt(T, failures):
     """Residual 1e-6 and cost within 1e-4 of Ipopt's, or below it, from the given warm starts."""
-    path = DATA / 'solver' / f'quadrotor_T{T}.npz'
-    if not path.exists():
-        pytest.skip(f'{path} not found: solver benchmark data are not part of the repository')
-    d = np.load(path)
+    d = recorded(T)
     solver = RealtimeSolver(problem(T), 40)
     missed = []
     for i in range(len(d['x0'])):
-        s = solver.solve(d['x0'][i], d['xr'][i], np.ones((T, 4)), d['obs'][i], np.full(40, 0.15),
+        s = solver.solve(d['x0'][i], d['xr'][i], np.ones((T, 4)), d['obs'][i], RADII,
                          WarmStart(d['xw'][i], d['uw'][i]))
         if s.status is not al.Status.CONVERGED or s.residual > 1e-6 or s.cost > (1 + 1e-4) * d['cost'][i]:
             missed.append((i, s.status.name, s.residual, s.cost / d['cost'][i] - 1))

@@ -1,21 +1,17 @@
 """The augmented-Lagrangian solver: optimality, isolation of samples, statuses, gradient."""
 
 import dataclasses
-import os
-from pathlib import Path
 
-import numpy as np
 import pytest
+import solver_benchmark
 import torch
 
-from deqmpc.airframe import Airframe
 from deqmpc.dynamics.crazyflie import Crazyflie
 from deqmpc.problem import Instances, Problem
 from deqmpc.solvers import augmented_lagrangian as al
 from deqmpc.solvers import riccati
 
 torch.set_num_threads(1)
-DATA = Path(os.environ.get('DEQMPC_DATA', Path(__file__).resolve().parents[4] / 'shared' / 'data'))
 TIGHT = al.Settings(feasibility=1e-9, optimality=1e-18, gn_steps=60, newton_below=1e-2)
 
 
@@ -305,18 +301,11 @@ def test_factorisation_is_reused_by_the_backward_pass(problem, monkeypatch):
 
 @pytest.mark.parametrize('T', [5, 20])
 def test_benchmark_instances_are_solved_to_the_optimum_of_ipopt(T):
-    path = DATA / 'solver' / f'quadrotor_T{T}.npz'
-    if not path.exists():
-        pytest.skip(f'{path} not found: solver benchmark data are not part of the repository')
-    d = np.load(path)
-    frame = Airframe(mass=0.034, inertia=(1.657e-5, 1.666e-5, 2.926e-5), motor_offset=0.046 / 2 ** 0.5,
-                     thrust_to_torque=0.006, drag=(0.0, 0.0, 0.0))
-    Q = [20.0] * 3 + [1.0] * 6 + [0.05] * 3
-    problem = Problem(Crazyflie(frame), 0.05, T, Q, [0.05] * 4, u_low=[0.1] * 4, u_high=[1.75] * 4)
-    x0, xr, obs, xw, uw = (torch.from_numpy(d[k][:30]) for k in ('x0', 'xr', 'obs', 'xw', 'uw'))
-    data = problem.instances(x0, xr, torch.ones_like(uw), obs, torch.full((40,), 0.15, dtype=torch.float64))
+    d = {k: v[:30] for k, v in solver_benchmark.recorded(T).items()}
+    problem, data = solver_benchmark.instances(d, T)
+    xw, uw = torch.from_numpy(d['xw']), torch.from_numpy(d['uw'])
     solution = al.solve(problem, data, al.guess(problem, data, xw, uw, al.Settings()))
     assert solution.converged.all()
     violation = problem.residuals(data, solution.x, solution.u).flatten(1).amax(dim=1)
     assert violation.max() < 1.01e-4 and solution.defect.max() < 1.01e-4
-    assert (solution.cost.numpy() <= 1.01 * d['cost'][:30]).all()
+    assert (solution.cost.numpy() <= 1.01 * d['cost']).all()

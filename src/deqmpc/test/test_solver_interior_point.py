@@ -2,17 +2,14 @@
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
+import solver_benchmark
 import torch
 from torch.autograd.functional import hessian, jacobian
 
-from deqmpc.airframe import Airframe
-from deqmpc.dynamics.crazyflie import Crazyflie
 from deqmpc.dynamics.pendulum import Pendulum
 from deqmpc.policies.base import load_policy
 from deqmpc.problem import Instances, Problem
@@ -23,7 +20,6 @@ from deqmpc.solvers import interior_point as ip
 from deqmpc.types import Obstacles, RigidBodyState
 
 torch.set_num_threads(1)
-DATA = Path(os.environ.get('DEQMPC_DATA', Path(__file__).resolve().parents[4] / 'shared' / 'data'))
 CONSTRAINTS = (ip.Function(lambda x, u, r: torch.stack([x[0] * u[0] - 3.0, x[1].square() - 4.0])),
                ip.Function(lambda x, u, r: (x[1] * u[0] + x[0].sin()).unsqueeze(0), equality=True),
                ip.Function(lambda x, u, r: (x[0] - r[0]).exp().unsqueeze(0) - 1.0, equality=True, terminal=True),
@@ -390,17 +386,9 @@ def test_residuals_of_the_recursions_do_not_grow_as_delta_falls_and_those_of_the
 
 @pytest.mark.parametrize('T', [5, 20])
 def test_cold_starts_of_the_benchmark_end_at_the_optimum_of_ipopt(T):
-    path = DATA / 'solver' / f'quadrotor_T{T}.npz'
-    if not path.exists():
-        pytest.skip(f'{path} not found: solver benchmark data are not part of the repository')
-    d = np.load(path)
-    frame = Airframe(mass=0.034, inertia=(1.657e-5, 1.666e-5, 2.926e-5), motor_offset=0.046 / 2 ** 0.5,
-                     thrust_to_torque=0.006, drag=(0.0, 0.0, 0.0))
-    Q = [20.0] * 3 + [1.0] * 6 + [0.05] * 3
-    problem = Problem(Crazyflie(frame), 0.05, T, Q, [0.05] * 4, u_low=[0.1] * 4, u_high=[1.75] * 4)
-    x0, xr, obs, uw = (torch.from_numpy(d[k][:10]) for k in ('x0', 'xr', 'obs', 'uw'))
-    data = problem.instances(x0, xr, torch.ones_like(uw), obs, torch.full((40,), 0.15, dtype=torch.float64))
+    d = {k: v[:10] for k, v in solver_benchmark.recorded(T).items()}
+    problem, data = solver_benchmark.instances(d, T)
     solution = ip.solve(problem, data)
-    gap = solution.cost.numpy() / d['cost'][:10] - 1.0
+    gap = solution.cost.numpy() / d['cost'] - 1.0
     assert solution.converged.all() and solution.error.max() < 1e-8
     assert (np.abs(gap) < 1e-6).mean() >= 0.7  # the others are other ways around a sphere
