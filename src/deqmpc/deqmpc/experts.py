@@ -146,8 +146,8 @@ def interpolations(task: Task, x: np.ndarray, T: int, random: np.random.Generato
 def swing_ups(task: Task, x: np.ndarray, T: int, random: np.random.Generator) -> Iterator[Guess]:
     """For a pole: to upright directly and through hanging, at two paces, straight and (among spheres) aside."""
     goal, u = task.goal.numpy(), np.tile(task.u_ref.numpy(), (T, 1))
-    pole = 6  # index of its angle
-    for turn in (0.0, -2.0 * np.pi if x[pole] < np.pi else 2.0 * np.pi):
+    pole = int(np.argmax(task.period))  # index of its angle
+    for turn in (0.0, -2.0 * np.pi if x[pole] < goal[pole] else 2.0 * np.pi):
         end = goal.copy()
         end[pole] += turn
         for duration in (1.0, 3.0):  # s
@@ -175,11 +175,18 @@ _CRAZYFLIE = dict(Q=(10.0,) * 6 + (3.0,) * 3 + (0.2,) * 3, R=0.1, guesses=deflec
                   perturbation=(0.03,) * 3 + (0.025,) * 3 + (0.15,) * 3 + (0.4,) * 3,  # 0.025: 0.1 rad
                   lag=0.1, pace=0.25, near=0.06,
                   home=0.25)  # a policy that never saw them holds 0.1 m off, where its plans hardly move
-# R of quadrotors is not the reward's 1e-8: this much keeps thrusts from chattering where they hardly matter, and costs
-# no return.
-_QPOLE = dict(Q=(10.0,) * 6 + (80.0,) + (1.0,) * 7, R=1.0, guesses=swing_ups, velocity=7, lag=0.05,
-              perturbation=(0.1,) * 3 + (0.03,) * 3 + (0.1,) + (0.2,) * 7)
+# R of quadrotors is not the reward's 1e-8: 1 keeps thrusts from chattering where they hardly matter, and costs no
+# return. With a pole that is not enough for a policy to learn from: the attitude then jumps within a step or two, and
+# so do the states to track. R = 300 and 10 instead of 1 for the body rates cost 0.6 % of the return in closed loop
+# (1355.7 instead of 1364.0), change inputs half as much from step to step, and bound 4 % of them instead of 13 %.
+_QPOLE = dict(Q=(10.0,) * 6 + (80.0,) + (1.0,) * 3 + (10.0,) * 3 + (1.0,), R=300.0, guesses=swing_ups, velocity=7,
+              lag=0.05, perturbation=(0.1,) * 3 + (0.03,) * 3 + (0.1,) + (0.2,) * 7)
+# The reward is -(|theta| + |x|) until the pole has been upright for ten steps. With 0.01 for both velocities and
+# R = 1e-5 the return is 3 better in closed loop (-104.3 instead of -107.4), with inputs a third larger (RMS 71 N).
+_CARTPOLE = dict(Q=(1.0, 1.0, 0.1, 0.1), R=1e-4, guesses=swing_ups, velocity=2, lag=0.05,
+                 perturbation=(0.1, 0.1, 0.3, 0.3))
 RECIPES = {
+    'cartpole': Recipe(**_CARTPOLE, horizon=80, length=80, rest=0.3),
     'crazyflie_obs': Recipe(**_CRAZYFLIE, horizon=60, length=60, rest=0.03),
     'crazyflie_dynobs': Recipe(**_CRAZYFLIE, horizon=80, length=60, rest=_FREE),
     'crazyflie_wall': Recipe(**_CRAZYFLIE, horizon=100, length=100, rest=0.03, detours=8),

@@ -1,4 +1,4 @@
-"""Aggregation: states that a policy visits, the expert's answers there, and where they join the demonstrations."""
+"""Aggregation: episodes flown in turns, the expert's answers there, and where they join the demonstrations."""
 
 import json
 from dataclasses import replace
@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from deqmpc import datasets, tasks
-from deqmpc.baselines import GoalPlanner
 from deqmpc.datasets import Demonstrations
 from deqmpc.experts import Trajectory
-from deqmpc.rollouts import rollout
+from deqmpc.planners import Planned
 from deqmpc.tasks import QPoleDynObs, QPoleObs
 from deqmpc.training import aggregate
-from deqmpc.training.aggregate import Settings, answers, joined, visited
+from deqmpc.training.aggregate import Expert, Settings, answers, better, joined
 
 TASK = tasks.make('qpole')
 
@@ -27,40 +26,71 @@ def demonstrations(task=TASK, families=5, length=8) -> Demonstrations:
                           spheres.radii.numpy(), {'task': task.name}, np.arange(2 * families) % 2 == 1)
 
 
-def test_visited_states_lie_on_the_policys_own_episodes_and_more_of_them_early():
-    settings = Settings(trajectories=12, steps=10)
-    planner = GoalPlanner(TASK)
-    x, _ = visited(TASK, planner, settings)
-    start, spheres = TASK.sample(12, torch.Generator().manual_seed(settings.seed))
-    flown = rollout(TASK, planner, start, spheres, steps=10)
-    off = (flown.x - x.unsqueeze(1)).abs().amax(dim=2)
-    assert off.amin(dim=1).max() == 0.0
-    assert off.argmin(dim=1).double().mean() < 5.0
+class Falling:
+    """A planner that lets go, and keeps what it was shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def plan(self, x, spheres, memory=None):
+        self.seen.append(x)
+        return Planned(torch.full((len(x), 4), -0.05, dtype=torch.float64), x, torch.ones(len(x), dtype=torch.bool),
+                       torch.zeros(len(x)), torch.zeros(len(x)), None)
 
 
-def test_spheres_that_chase_are_where_the_episode_led_them():
-    task = QPoleDynObs(spheres=3)
-    settings = Settings(trajectories=4, steps=6)
-    planner = GoalPlanner(task)
-    x, seen = visited(task, planner, settings)
-    start, spheres = task.sample(4, torch.Generator().manual_seed(settings.seed))
-    flown = rollout(task, planner, start, spheres, steps=6)
-    for i in range(4):
-        at, around = int((flown.x[i] - x[i]).abs().amax(dim=1).argmin()), spheres[i:i + 1]
-        for t in range(1, at + 1):
-            around = task.move(around, flown.x[i:i + 1, t])
-        assert torch.equal(around.centers[0], seen.centers[i]) and torch.equal(around.velocity[0], seen.velocity[i])
+SETTINGS = Settings(episodes=3, steps=12, turn=4, share=0.5, horizon=30, length=8)
 
 
-def test_answers_begin_at_the_states_and_obey_the_plant():
-    settings = Settings(trajectories=2, steps=0, horizon=40, length=20)
-    x, spheres = visited(TASK, None, settings)
-    made = [t for t in answers(TASK, x, spheres, settings) if t is not None]
-    assert made
+def test_answers_begin_at_the_states_that_the_episodes_pass_and_obey_the_plant():
+    planner = Falling()
+    made, asked = answers(TASK, planner, SETTINGS)
+    passed = torch.cat(planner.seen).numpy()
+    assert asked == len(passed) == 36 and len(made) > 30
     for t in made:
-        assert len(t.x) == 20 and (np.abs(TASK.wrapped(x).numpy() - t.x[0]).max(axis=1) < 1e-9).any()
+        assert len(t.x) == 8 and np.abs(passed - t.x[0]).max(axis=1).min() < 1e-9
         led = TASK.step(torch.from_numpy(t.x[:-1]), torch.from_numpy(t.u[:-1])).numpy()
         assert np.abs(led - t.x[1:]).max() < 1e-5
+
+
+@pytest.mark.parametrize(('share', 'noise', 'expected'), [(0.0, 0.1, -0.05), (1.0, 0.0, None)])
+def test_the_policy_and_the_expert_fly_in_turns(share, noise, expected):
+    planner = Falling()
+    made, _ = answers(TASK, planner, replace(SETTINGS, share=share, noise=noise))
+    for before, after in zip(planner.seen[:-1], planner.seen[1:], strict=True):
+        if expected is not None:
+            u = torch.full((len(before), 4), expected, dtype=torch.float64)
+        else:
+            u = torch.stack([next(torch.from_numpy(t.u[0]) for t in made if np.abs(t.x[0] - x.numpy()).max() < 1e-9)
+                             for x in before])
+        assert torch.allclose(TASK.wrapped(TASK.step(before, u)), after, atol=1e-9)
+
+
+def test_without_a_policy_the_expert_balances_the_pole():
+    x, _ = TASK.sample(1, torch.Generator().manual_seed(SETTINGS.seed))
+    made, asked = answers(TASK, None, replace(SETTINGS, episodes=1, steps=120, noise=0.0, horizon=40))
+    end = made[-1].x[0] - TASK.goal.numpy()
+    assert asked == len(made) == 120 and np.abs(end[6]) < 0.05 < abs(float(x[0, 6]) - np.pi)
+    assert np.linalg.norm(end[:3]) < 0.3
+
+
+def test_of_two_answers_the_exact_and_cheaper_one_is_taken():
+    x, spheres = TASK.sample(4, torch.Generator().manual_seed(0))
+    found = Expert(TASK, SETTINGS).fresh(x, spheres)
+    worse = replace(found, cost=found.cost + torch.tensor([1.0, -1.0, 0.0, -1.0]), x=found.x + 1.0,
+                    defect=torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64))
+    chosen = better(found, worse)
+    assert [bool((chosen.x[i] == worse.x[i]).all()) for i in range(4)] == [False, True, False, False]
+    assert torch.equal(chosen.warm_start.x, found.warm_start.x)
+
+
+def test_answers_past_spheres_that_chase_keep_out_of_them():
+    task = QPoleDynObs(spheres=4)
+    made, asked = answers(task, None, replace(SETTINGS, episodes=2, steps=6))
+    assert made and asked == 12
+    for t in made:
+        assert t.centers.shape == t.velocity.shape == (8, 4, 3)
+        assert np.allclose(t.centers[:-1] + task.dt * t.velocity[:-1], t.centers[1:])
+        assert (np.linalg.norm(t.centers - t.x[:, None, :3], axis=-1) >= t.radii).all()
 
 
 @pytest.mark.parametrize('task', [TASK, QPoleObs(spheres=2)])
@@ -81,16 +111,18 @@ def test_answers_join_as_restarts_that_train_and_leave_those_that_validate_untou
 def test_the_command_adds_to_a_file_and_says_what_it_did(tmp_path, capsys):
     datasets.save(tmp_path / 'd.npz', demonstrations())
     command = ['qpole', '--demonstrations', str(tmp_path / 'd.npz'), '--output', str(tmp_path / 'e.npz'),
-               '--trajectories', '3', '--steps', '0', '--horizon', '40', '--length', '10']
+               '--episodes', '2', '--steps', '3', '--horizon', '30', '--length', '10']
     assert aggregate.main(command) == 0
     made = datasets.load(tmp_path / 'e.npz')
     note = made.about['aggregated'][0]
     assert len(made.lengths) == 10 + note['answered'] and note['seed'] == 1
     assert 'deqmpc.training.aggregate qpole' in note['command'] and json.dumps(made.about)
     assert aggregate.main([*command[:-1], '50']) == 1
-    assert 'horizon = 40; expected an integer >= 50' in capsys.readouterr().err
+    assert 'horizon = 30; expected an integer >= 50' in capsys.readouterr().err
 
 
 def test_settings_name_a_number_that_cannot_be_used():
-    with pytest.raises(ValueError, match='trajectories = 0'):
-        replace(Settings(), trajectories=0)
+    with pytest.raises(ValueError, match='episodes = 0'):
+        replace(Settings(), episodes=0)
+    with pytest.raises(ValueError, match='share = 1.5'):
+        replace(Settings(), share=1.5)

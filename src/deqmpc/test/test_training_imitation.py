@@ -22,7 +22,7 @@ from deqmpc.training.imitation import (
     Trainer,
     begin_with,
     build_model,
-    fit_feedback,
+    fit_direct,
     state_scale,
 )
 
@@ -213,31 +213,38 @@ def test_a_training_may_begin_with_a_model_that_knew_no_spheres_and_then_answers
 
 
 @pytest.mark.parametrize('output', ['velocity', 'delta'])
-def test_fitted_feedback_answers_near_the_goal_what_the_expert_does_next(output):
+def test_a_fitted_direct_part_answers_what_the_expert_does_next(output):
     d = demonstrations(count=40)
-    train, valid = datasets.split(d, 0)
-    model = build_model(TASK, 'deq_mpc_deq', 16, state_scale(d, TASK, train), output=output, feedback=3.0)
-    fit_feedback(model.network, d, TASK, train, 4000)
-    x = datasets.windows(d, TASK, valid, np.full(len(valid), 12), 6).x
+    model = build_model(TASK, 'deq_mpc_deq', 16, state_scale(d, TASK, datasets.split(d, 0)[0]), output=output,
+                        direct=48)
+    trainer = Trainer(TASK, model, d, Settings(steps=0))
+    error = fit_direct(trainer, 1500, batch=64, count=2000)
+    x = datasets.windows(d, TASK, trainer.train, np.full(len(trainer.train), 12), 6).x
     with torch.no_grad():
         theta = model.network(x[:, 0], x[:, :1].expand(-1, 6, -1)).theta
     staying = (x[:, :1] - x).square().mean(dim=0).sqrt()[1:]
     missed = (theta - x).square().mean(dim=0).sqrt()[1:]
-    assert (missed.norm() < 0.2 * staying.norm()) and theta.isfinite().all()
+    assert missed.norm() < 0.3 * staying.norm() and error < 0.3 and theta.isfinite().all()
 
 
-def test_compiled_inference_has_the_feedback_too():
+def test_a_network_without_a_direct_part_has_nothing_to_fit():
+    with pytest.raises(ValueError, match='no direct part to fit'):
+        fit_direct(trainer('deq_mpc_nn'), 1)
+
+
+def test_compiled_inference_has_the_direct_part_too():
     torch.manual_seed(0)
-    network = build_model(tasks.make('qpole'), 'deq_mpc_nn', 16, output='delta', feedback=0.5).network
-    with torch.no_grad():
-        network.gain.normal_()
+    network = build_model(tasks.make('qpole'), 'deq_mpc_nn', 16, output='delta', direct=24).network
     x = tasks.make('qpole').sample(3, torch.Generator().manual_seed(0))[0]
     tau = x.unsqueeze(1).expand(-1, 6, -1).contiguous()
     with torch.no_grad():
-        theta = network(x, tau).theta.double().numpy()
+        theta, without = network(x, tau).theta.double().numpy(), network.of_state(x.float()).abs().mean()
     compiled = Inference(network)
+    assert without > 1e-2
     assert np.abs(compiled.many(x.numpy(), tau.numpy())[0] - theta).max() < 1e-4
     assert np.abs(compiled(x[0].numpy(), tau[0].numpy()).theta - theta[0]).max() < 1e-4
+    far = compiled(1e6 * x[0].numpy(), 1e6 * tau[0].numpy())
+    assert far.ok and np.isfinite(far.theta).all()
 
 
 def test_a_network_alone_cannot_go_on_where_it_leads():

@@ -49,10 +49,11 @@ class Inference:
     def __init__(self, network: TemporalNetwork, storage: str = 'float32'):
         if storage not in STORAGES:
             raise ValueError(f'storage = {storage!r}; expected one of {", ".join(STORAGES)}')
-        self.settings, self.storage, self._gain = network.settings, storage, None
-        if network.settings.feedback:
-            self._gain, self._goal, self._scale = (v.detach().cpu().double().numpy().copy() for v in (
-                network.gain, network.goal, network.scale))
+        self.settings, self.storage, self._direct = network.settings, storage, ()
+        if network.settings.direct:
+            self._goal, self._scale = (v.cpu().numpy().copy() for v in (network.goal, network.scale))
+            self._direct = tuple((m.weight.detach().cpu().numpy().T.copy(), m.bias.detach().cpu().numpy().copy())
+                                 for m in network.direct if isinstance(m, torch.nn.Linear))
         try:
             self._path = _Compiled(network, storage)
         except build.NoCompiler as error:
@@ -92,19 +93,24 @@ class Inference:
             z = z if np.isfinite(z).all() else None
         if not all(np.isfinite(v).all() for v in given):
             return Answer(np.full((s.horizon + 1, s.n), np.nan), None, 0, float('inf'), False, False)
-        return self._with_feedback(x_init, self._path(x_init, tau, centers, radii, z))
+        return self._with_direct(x_init, self._path(x_init, tau, centers, radii, z))
 
-    def _with_feedback(self, x_init: np.ndarray, answer: Answer) -> Answer:
-        """The answer of compiled code with the linear part, which that leaves out."""
-        if self._gain is None or not self.compiled:
+    def _with_direct(self, x_init: np.ndarray, answer: Answer) -> Answer:
+        """The answer of compiled code with the direct part, which that leaves out."""
+        if not (self._direct and self.compiled):
             return answer
-        return replace(answer, theta=answer.theta + self._feedback(x_init[None])[0])
+        return replace(answer, theta=answer.theta + self._of_state(x_init[None])[0])
 
-    def _feedback(self, x_init: np.ndarray) -> np.ndarray:
-        """(M, T+1, n): what the linear part adds to theta."""
+    def _of_state(self, x_init: np.ndarray) -> np.ndarray:
+        """(M, T+1, n): what the direct part adds to theta."""
         s = self.settings
-        y = np.tanh((x_init - self._goal) / (s.feedback * self._scale)) * s.feedback
-        part = np.einsum('tij,bj->bti', self._gain, y)
+        y = (x_init.astype(np.float32) - self._goal) / self._scale
+        for i, (weight, bias) in enumerate(self._direct):
+            if i:
+                with np.errstate(over='ignore'):  # exp of a large number: y / inf is the 0 that is meant
+                    y = y / (1.0 + np.exp(-y))
+            y = y @ weight + bias
+        part = y.reshape(-1, s.horizon, s.n).astype(np.float64)
         part[..., :s.positions] *= s.dt
         return np.concatenate([np.zeros_like(part[:, :1]), part], axis=1)
 
@@ -122,7 +128,7 @@ class Inference:
         if M == 0 or not (np.isfinite(x_init).all() and np.isfinite(tau).all()):
             return np.full((M, s.horizon + 1, s.n), np.nan), None
         theta, z = self._path.many(x_init, tau, z)
-        return (theta if self._gain is None or not self.compiled else theta + self._feedback(x_init)), z
+        return (theta + self._of_state(x_init) if self._direct and self.compiled else theta), z
 
 
 def _array(name, value, shape, dtype=np.float64) -> np.ndarray:

@@ -61,7 +61,7 @@ def settings_for(network: Settings, hidden: int | None = None) -> Settings:
     own = 3 * network.spatial + 1
     scale = (1.0,) * own + network.state_scale if network.state_scale else ()
     return replace(network, n=own + network.n, hidden=hidden or quarter, spheres=False,
-                   positions=0, output='velocity', state_scale=scale, feedback=0.0, goal=())
+                   positions=0, output='velocity', state_scale=scale, direct=0, goal=())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ settings, off as in the paper, bring such states into the windows; what is to be
   own_states  this share of the windows goes on, after a plan from x_s, at phi(x_s, u_s) with the plan's first input:
               where the policy itself leads (as in DAgger, Ross et al. 2011, but without asking the expert again)
 
-A state that has failed (inside a sphere, not finite) is replaced by the expert's. Experts rest at the goal for most of
+A state that has failed (inside a sphere, not finite) is replaced by the expert's. deqmpc.training.aggregate asks the
+expert at such states instead, which needs one, and works far better. Experts rest at the goal for most of
 an episode; `early` > 1 draws windows nearer to their trajectories' beginnings, at the share v^early, v uniform.
 
 The validation error is the mean of |x^N - x_{s..s+T}|_1 of the last iterates over random windows of the
@@ -32,6 +33,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from deqmpc import datasets
 from deqmpc.datasets import Demonstrations, Windows
@@ -51,7 +53,7 @@ VARIANTS = {'deq_mpc_deq': ('deq_mpc', 'deq'), 'deq_mpc_nn': ('deq_mpc', 'nn'), 
 class Settings:
     """Numbers of a training run. Defaults are the authors', but for the decay of the learning rate."""
 
-    steps: int = 20000  # of the optimiser
+    steps: int = 20000  # of the optimiser; 0: the fit of a direct part alone
     batch: int = 200  # windows a step
     streaming: int = 2  # L, plans after the cold one
     learning_rate: float = 1e-3  # of Adam, at the start
@@ -65,12 +67,10 @@ class Settings:
     split_seed: int = 0  # which trajectories validate
 
     def __post_init__(self):
-        for name in ('steps', 'batch'):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int) or (
-                    getattr(self, name) < 1):
-                raise ValueError(f'{name} = {getattr(self, name)!r}; expected an integer >= 1')
-        if not isinstance(self.streaming, int) or self.streaming < 0:
-            raise ValueError(f'streaming = {self.streaming!r}; expected an integer >= 0')
+        for name, least in (('steps', 0), ('batch', 1), ('streaming', 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f'{name} = {value!r}; expected an integer >= {least}')
         for name in ('learning_rate', 'decay', 'clip_norm', 'early'):
             if not 0.0 < getattr(self, name) < float('inf'):
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number > 0')
@@ -98,15 +98,15 @@ def begin_with(model: nn.Module, given: TemporalNetwork, where: str) -> None:
 
 
 def build_model(task: Task, variant: str, hidden: int, scale: tuple[float, ...] = (), motion: bool = False,
-                output: str = 'velocity', feedback: float = 0.0, **method) -> nn.Module:
+                output: str = 'velocity', direct: int = 0, **method) -> nn.Module:
     """An untrained model: `variant` of VARIANTS, `hidden` channels, states divided by `scale`, with a network for the
-    spheres' `motion` or without, `output` and `feedback` as in deqmpc.networks.temporal; `method` changes the settings
+    spheres' `motion` or without, `output` and `direct` as in deqmpc.networks.temporal; `method` changes the settings
     of DEQ-MPC. ValueError names what cannot be used."""
     if variant not in VARIANTS:
         raise ValueError(f'policy {variant!r}; expected one of {", ".join(VARIANTS)}')
     how, kind = VARIANTS[variant]
-    network = TemporalNetwork(task.network(kind, hidden, state_scale=tuple(scale), output=output, feedback=feedback,
-                                           goal=tuple(task.goal.tolist()) if feedback else ()))
+    network = TemporalNetwork(task.network(kind, hidden, state_scale=tuple(scale), output=output, direct=direct,
+                                           goal=tuple(task.goal.tolist()) if direct else ()))
     _center(network, task)
     predictor = ObstacleMotion(settings_for(network.settings)) if motion else None
     if how is None:
@@ -121,28 +121,6 @@ def _center(network: TemporalNetwork, task: Task) -> None:
     goal = task.goal.to(network.scale) / network.scale
     for encoder in (network.node, network.start):
         encoder.linear.bias -= encoder.linear.weight @ goal
-
-
-@torch.no_grad()
-def fit_feedback(network: TemporalNetwork, demonstrations: Demonstrations, task: Task, trajectories: np.ndarray,
-                 count: int = 50000) -> None:
-    """Begin with the gain K that fits what the expert does next best, and with a head that adds nothing to it: least
-    squares over `count` windows of `trajectories`, weighted by (0.01 + |y|^2)^-2: where errors are small, every one of
-    them counts relatively, and the expert is linear."""
-    s, T = network.settings, task.horizon
-    drawn = datasets.draw(demonstrations, trajectories, count, torch.Generator().manual_seed(0), T + 1)
-    x = datasets.windows(demonstrations, task, *drawn, T + 1).x
-    at, following = x[:, 0], x[:, 1:]
-    out = torch.cat([(following - at.unsqueeze(1))[..., :s.positions] / s.dt, following[..., s.positions:]], dim=-1)
-    if s.output == 'delta':
-        out[..., s.positions:] -= at.unsqueeze(1)[..., s.positions:]
-    y = network.saturated(at.float()).double()
-    weight = (0.01 + ((at - task.goal) / network.scale).square().sum(dim=1, keepdim=True)) ** -2
-    normal = y.T @ (weight * y) + 1e-3 * torch.eye(s.n, dtype=y.dtype)
-    gain = torch.linalg.solve(normal, y.T @ (weight * out.flatten(1)))
-    network.gain.copy_(gain.T.reshape(T, s.n, s.n))
-    network.head_out.weight.zero_()
-    network.head_out.bias.zero_()
 
 
 def state_scale(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray) -> tuple[float, ...]:
@@ -246,9 +224,12 @@ class Trainer:
 
     def draw(self, trajectories: np.ndarray, count: int, generator: torch.Generator) -> tuple[np.ndarray, np.ndarray]:
         """`count` random windows of the training's length: (trajectory, first state). Where spheres move, windows end
-        within their trajectory, beyond which they would stop; where episodes end by success, plans begin within it."""
-        inside = self.length if self.demonstrations.moving else 1 + self.settings.streaming if self.task.hold else 1
-        return datasets.draw(self.demonstrations, trajectories, count, generator, inside)
+        within their trajectory, beyond which they would stop, and so they do among answers that are cut off before
+        they rest (deqmpc.training.aggregate); where episodes end by success, plans begin within it."""
+        d = self.demonstrations
+        whole = d.moving or 'aggregated' in d.about
+        inside = self.length if whole else 1 + self.settings.streaming if self.task.hold else 1
+        return datasets.draw(d, trajectories, count, generator, inside)
 
     def _draw_early(self) -> tuple[np.ndarray, np.ndarray]:
         """As `draw`, of the batch's size, the first states by `early`. Only where episodes end by success do windows
@@ -313,3 +294,36 @@ class Trainer:
                                          self.settings.streaming):
             report.add(made, target, streamed=report.counts is not None, plans=max(self.settings.streaming, 1))
         return report
+
+
+def fit_direct(trainer: Trainer, steps: int, batch: int = 256, learning_rate: float = 2e-3,
+               count: int = 200000) -> float:
+    """Fit the direct part of the trainer's network to what the expert does next, alone: `steps` of Adam on batches of
+    `count` windows (learning rate up, then down to zero), with every state's error over the RMS of its change within a
+    window, or over a tenth of its scale where that is more. The head begins with zero, so that it adds nothing at
+    first. Returns the mean of that error in the last tenth of the steps. ValueError where there is no direct part."""
+    network, generator = trainer.model.network, torch.Generator().manual_seed(trainer.settings.seed)
+    s = network.settings
+    if not s.direct:
+        raise ValueError('this network has no direct part to fit; expected one with direct > 0')
+    w = trainer.windows(*trainer.draw(trainer.train, count, generator))
+    x, known = w.x[:, :s.horizon + 1].float(), w.known[:, 1:s.horizon + 1]
+    change = (x[:, 1:] - x[:, :1])[known].square().mean(dim=0).sqrt()
+    change = torch.maximum(change, 0.1 * network.scale)
+    optimizer = torch.optim.Adam(network.direct.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
+    errors = []
+    for _ in tqdm(range(steps), desc=f'{trainer.task.name}: direct part', disable=None, mininterval=2.0):
+        rows = torch.randint(len(x), (batch,), generator=generator)
+        theta = network.predict(x[rows, 0], network.of_state(x[rows, 0]))[:, 1:]
+        error = ((theta - x[rows, 1:]).abs() / change)[known[rows]].mean()
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        nn.utils.clip_grad_norm_(network.direct.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        errors.append(float(error.detach()))
+    with torch.no_grad():
+        network.head_out.weight.zero_()
+        network.head_out.bias.zero_()
+    return float(np.mean(errors[-max(steps // 10, 1):]))

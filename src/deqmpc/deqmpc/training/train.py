@@ -36,7 +36,7 @@ from deqmpc.training.imitation import (
     Trainer,
     begin_with,
     build_model,
-    fit_feedback,
+    fit_direct,
     parts,
     state_scale,
 )
@@ -72,8 +72,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--hidden', type=int, default=128, help='channels of the network')
     p.add_argument('--output', choices=OUTPUTS, default='velocity',
                    help='velocities are predicted absolutely (velocity, default) or as changes (delta)')
-    p.add_argument('--feedback', type=float, default=0.0,
-                   help='add a linear feedback that saturates at so many state scales (0: none)')
+    p.add_argument('--direct', type=int, default=0, metavar='WIDTH',
+                   help='add a network of the present state alone (0: none), fitted to the expert first')
+    p.add_argument('--fit', type=int, default=8000, metavar='STEPS', help='of that fit, default 8000')
     for field, kind in (('steps', int), ('batch', int), ('streaming', int), ('learning_rate', float),
                         ('decay', float), ('clip_norm', float), ('noise', float), ('own_states', float),
                         ('early', float), ('seed', int), ('split_seed', int)):
@@ -117,18 +118,16 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
              'bfloat16': a.bfloat16,
              **({'change': a.change} if a.change else {}),
              **({'output': a.output} if a.output != 'velocity' else {}),
-             **({'feedback': a.feedback} if a.feedback else {}), **_origin(a.init),
+             **({'direct': a.direct, 'fit': a.fit} if a.direct else {}), **_origin(a.init),
              **dataclasses.asdict(settings)}
     torch.manual_seed(settings.seed)
     train, _ = parts(demonstrations, settings, a.trajectories)
     given = model_folder.load(a.init).network if a.init else None
     scale = given.settings.state_scale if given else state_scale(demonstrations, task, train)
-    model = build_model(task, a.policy, a.hidden, scale, a.motion, a.output, a.feedback,
+    model = build_model(task, a.policy, a.hidden, scale, a.motion, a.output, a.direct,
                         **_numbers(a.method, '--method'))
     if given:
         begin_with(model, given, str(a.init))
-    elif a.feedback:
-        fit_feedback(model.network, demonstrations, task, train)
     model.network.bfloat16 = a.bfloat16
     trainer = Trainer(task, model, demonstrations, settings, device, a.trajectories)
     folder = a.out or Path('runs/train') / a.task / f'{a.policy}-h{a.hidden}-s{a.seed}'
@@ -136,6 +135,8 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
     if a.restart and ranks == 1:
         (folder / checkpoint.NAME).unlink(missing_ok=True)
     resumed = checkpoint.load(folder, trainer, about)
+    if a.direct and a.fit and not resumed:
+        print(f'direct part: error {fit_direct(trainer, a.fit):.4f} of the change within a window')
     found = _train(trainer, folder, about, a, ranks, resumed)
     if _rank():
         return folder / 'model'
