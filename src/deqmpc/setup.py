@@ -23,6 +23,7 @@ setup(
             'deqmpc = deqmpc.cli:main',
         ],
         'deqmpc.commands': [
+            'dagger = deqmpc.training.dagger:main',
             'evaluate-policy = deqmpc.evaluation:main',
             'experts = deqmpc.experts:main',
             'reproduce = deqmpc.reproduce:main',

@@ -206,7 +206,7 @@ def _append(parts, x, u, centers, velocity, radii, restart) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Add the expert's answers at a policy's states to demonstrations."""
     argv = sys.argv[1:] if argv is None else argv
-    a = _parser().parse_args(argv)
+    a = parser().parse_args(argv)
     torch.set_num_threads(1)
     try:
         run(a, argv)
@@ -216,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line; `run` takes what it parses."""
     p = argparse.ArgumentParser(prog='deqmpc.training.aggregate', description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('task', choices=sorted(experts.RECIPES))
