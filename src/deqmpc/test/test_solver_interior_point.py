@@ -16,6 +16,7 @@ from deqmpc.problem import Instances, Problem
 from deqmpc.realtime import RealtimeSolver
 from deqmpc.reproduce import Results, command
 from deqmpc.solvers import augmented_lagrangian as al
+from deqmpc.solvers import ilqr
 from deqmpc.solvers import interior_point as ip
 from deqmpc.types import Obstacles, RigidBodyState
 
@@ -320,6 +321,15 @@ def test_one_bad_sample_leaves_the_others_bit_equal(what):
         assert torch.equal(getattr(good, name)[others], getattr(bad, name)[others]), name
     for a, b in zip(good.warm_start.tensors(), bad.warm_start.tensors(), strict=True):
         assert torch.equal(a[others], b[others])
+
+
+def test_a_batch_of_nothing_but_bad_samples_has_an_answer_under_constraints():
+    problem = Problem(Pendulum(), 0.05, 8, [1.0, 0.1], [0.1], position=(0,))
+    data = problem.instances(torch.full((3, 2), math.nan, dtype=torch.float64), normal(3, 9, 2), normal(3, 8, 1))
+    for solver in (ip, ilqr):
+        found = solver.solve(problem, data, constraints=CONSTRAINTS[:1])
+        assert all(found.status_of(i) is solver.Status.NOT_FINITE for i in range(len(data.x_init))), solver
+        assert found.x.isnan().all()
 
 
 def test_batched_equals_looped_and_the_parallel_recursion_the_sequential_one():

@@ -126,20 +126,27 @@ class Function:
 
     def value(self, x: Tensor, u: Tensor, r: Tensor) -> Tensor:
         """See Constraint."""
-        flat = torch.vmap(self.function)(*(v.expand(*x.shape[:-1], -1).flatten(0, -2) for v in (x, u, r)))
+        flat = _each(self.function, *(v.expand(*x.shape[:-1], -1).flatten(0, -2) for v in (x, u, r)))
         return flat.view(*x.shape[:-1], flat.shape[-1])
 
     def jacobian(self, x: Tensor, u: Tensor, r: Tensor) -> Tensor:
         """See Constraint."""
         n = x.shape[-1]
         rows = torch.func.jacrev(lambda z, r: self.function(z[:n], z[n:], r))
-        return torch.vmap(torch.vmap(rows))(torch.cat([x, u], dim=-1), r)
+        return _each(torch.vmap(rows), torch.cat([x, u], dim=-1), r)
 
     def curvature(self, x: Tensor, u: Tensor, r: Tensor, v: Tensor) -> Tensor:
         """See Constraint."""
         n = x.shape[-1]
         hessian = torch.func.jacrev(torch.func.grad(lambda z, r, v: (v * self.function(z[:n], z[n:], r)).sum()))
-        return torch.vmap(torch.vmap(hessian))(torch.cat([x, u], dim=-1), r, v)
+        return _each(torch.vmap(hessian), torch.cat([x, u], dim=-1), r, v)
+
+
+def _each(function: Callable[..., Tensor], *samples: Tensor) -> Tensor:
+    """`function` of every sample; of none too, which torch.vmap refuses: all samples of a batch may have ended."""
+    if len(samples[0]):
+        return torch.vmap(function)(*samples)
+    return torch.vmap(function)(*(v.new_zeros(1, *v.shape[1:]) for v in samples))[:0]
 
 
 def at_reference() -> Function:
