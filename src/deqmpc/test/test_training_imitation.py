@@ -232,6 +232,19 @@ def test_a_network_without_a_direct_part_has_nothing_to_fit():
         fit_direct(trainer('deq_mpc_nn'), 1)
 
 
+def test_of_a_network_of_another_size_the_direct_part_is_taken():
+    made, given = (build_model(TASK, variant, hidden, output='delta', direct=24)
+                   for variant, hidden in (('deq_mpc_deq', 32), ('diff_mpc_nn', 16)))
+    begin_with(made, given.network, 'given')
+    x = TASK.sample(4, torch.Generator().manual_seed(0))[0].float()
+    tau = x.unsqueeze(1).expand(-1, 6, -1)
+    with torch.no_grad():
+        alone = given.network.predict(x, given.network.of_state(x))
+        assert torch.allclose(made.network(x, tau).theta, alone, atol=1e-6)
+    with pytest.raises(ValueError, match='given: its network has'):
+        begin_with(made, build_model(TASK, 'diff_mpc_nn', 16, output='delta', direct=8).network, 'given')
+
+
 def test_compiled_inference_has_the_direct_part_too():
     torch.manual_seed(0)
     network = build_model(tasks.make('qpole'), 'deq_mpc_nn', 16, output='delta', direct=24).network

@@ -5,9 +5,11 @@
               it is the policy that flies with the expert in turns, and the expert's answers join
 
 by deqmpc.training.aggregate and deqmpc.training.imitation.fit_direct: no gradient passes the solver, and a round takes
-two minutes. `deqmpc train TASK --direct WIDTH --demonstrations OUT/round_K.npz` then trains a policy of any variant.
+two minutes. A policy of any variant is then trained through the solver, from the last fit on:
 
   deqmpc dagger qpole --demonstrations runs/experts/qpole.npz --rounds 5
+  deqmpc train qpole --policy deq_mpc_deq --direct 256 --output delta --init runs/dagger/qpole-s0/fit_5/model --fit 0 \\
+      --demonstrations runs/dagger/qpole-s0/round_5.npz --method iterations=1 --method mu_0=100
 
 A folder keeps round_K.npz and fit_K/ (a model folder) of every round. The same command continues after the last one.
 """
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(a: argparse.Namespace) -> Path:
-    """Do what the command line says; the last round's file. ValueError and FileNotFoundError say what is wrong."""
+    """Do what the command line says; the folder. ValueError and FileNotFoundError say what is wrong."""
     if a.rounds < 0:
         raise ValueError(f'rounds = {a.rounds}; expected an integer >= 0')
     out = a.out or Path('runs/dagger') / f'{a.task}-s{a.seed}'
@@ -64,12 +66,11 @@ def run(a: argparse.Namespace) -> Path:
         made = out / f'round_{k}.npz'
         if not made.exists():
             _aggregate(a, k, given, model, made)
-        if k == a.rounds:
-            return made
         fit = out / f'fit_{k}'
         if not (fit / 'model').exists():
             _fit(a, made, model, fit)
         given, model = made, fit / 'model'
+    return out
 
 
 def _aggregate(a: argparse.Namespace, k: int, given: Path, model: Path | None, made: Path) -> None:

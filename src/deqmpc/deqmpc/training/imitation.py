@@ -86,8 +86,14 @@ class Settings:
 
 def begin_with(model: nn.Module, given: TemporalNetwork, where: str) -> None:
     """Begin with the weights of a trained network of the same kind and size, which may have been without spheres: what
-    encodes them then starts as if there were none. ValueError, naming `where` it is from, for another network."""
+    encodes them then starts as if there were none. Of a network of another kind or size only the direct part is taken,
+    and the head begins with zero. ValueError, naming `where` it is from, for a network with nothing to take."""
     own, s, theirs = model.network, model.network.settings, given.settings
+    if s.direct and replace(s, kind=theirs.kind, hidden=theirs.hidden, spheres=theirs.spheres) == theirs and (
+            (s.kind, s.hidden) != (theirs.kind, theirs.hidden)):
+        own.direct.load_state_dict(given.direct.state_dict())
+        _silence_head(own)
+        return
     if replace(theirs, spheres=s.spheres, spatial=s.spatial) != s or theirs.spheres > s.spheres:
         raise ValueError(f'{where}: its network has {theirs}; expected {s}, with or without spheres')
     missing, _ = own.load_state_dict(given.state_dict(), strict=False)
@@ -323,7 +329,12 @@ def fit_direct(trainer: Trainer, steps: int, batch: int = 256, learning_rate: fl
         optimizer.step()
         schedule.step()
         errors.append(float(error.detach()))
-    with torch.no_grad():
-        network.head_out.weight.zero_()
-        network.head_out.bias.zero_()
+    _silence_head(network)
     return float(np.mean(errors[-max(steps // 10, 1):]))
+
+
+@torch.no_grad()
+def _silence_head(network: TemporalNetwork) -> None:
+    """Have the convolutions add nothing to the direct part, until they learn to."""
+    network.head_out.weight.zero_()
+    network.head_out.bias.zero_()
