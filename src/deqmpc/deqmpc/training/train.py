@@ -68,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--demonstrations', type=Path, help='default: runs/experts/TASK.npz')
     p.add_argument('--trajectories', type=int, default=0,
                    help='train on so many of them only (0: all but those that validate, which stay the same)')
-    p.add_argument('--init', type=Path, metavar='MODEL', 
-                   help='begin with the weights of this model folder; of one of another kind or size with its direct part')
+    p.add_argument('--init', type=Path, metavar='MODEL',
+                   help='begin with the weights of this model folder; of another kind or size with its direct part')
     p.add_argument('--hidden', type=int, default=128, help='channels of the network')
     p.add_argument('--output', choices=OUTPUTS, default='velocity',
                    help='velocities are predicted absolutely (velocity, default) or as changes (delta)')
