@@ -25,7 +25,7 @@ added,
   out <- out + D((x_0 - g) / scale)           D = Linear SiLU Linear SiLU Linear SiLU Linear, w wide, (n) -> (T, n)
 
 with g the goal. It is best begun by a fit to the expert alone (deqmpc.training.imitation.fit_direct), which needs no
-solver. Not in the paper. On qpole, 256 wide and fitted to the same demonstrations, it alone is at 0.77 of the expert's
+solver. Not in the paper. On qpole, 256 wide and fitted to the same demonstrations, it alone is at 0.66 of the expert's
 return where the convolutions with 64 channels are at 0.19.
 
 Sizes. The paper's text gives h (256 pendulum, 512 cartpole and quadrotor, 1024 QPole) and one convolution for each
