@@ -311,14 +311,12 @@ class Planner:
 
     def _goal_of(self, x):
         """The goal, angles turned to within half a period of the state x (n,)."""
-        return (self.task.goal + self.task.turns(torch.from_numpy(x) - self.task.goal)).numpy()
+        return self.task.nearest_goal(torch.from_numpy(x)).numpy()
 
     def _motion(self, spheres, x) -> tuple[np.ndarray, np.ndarray]:
         """Centres and velocities (T+1, K, d) of the spheres of an episode that goes through the states x (T+1, n)."""
-        path = [spheres]
-        for state in torch.from_numpy(x[1:]):
-            path.append(self.task.move(path[-1], state[None]))
-        return (torch.cat([s.centers for s in path]).numpy(), torch.cat([s.velocity for s in path]).numpy())
+        centers, velocity = self.task.motion(spheres, torch.from_numpy(x)[None])
+        return centers[0].numpy(), velocity[0].numpy()
 
     def check(self, x: np.ndarray, u: np.ndarray, centers: np.ndarray, radii: np.ndarray,
               grace: int = 0) -> tuple[str, np.ndarray]:

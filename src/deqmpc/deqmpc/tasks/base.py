@@ -143,6 +143,17 @@ class Task(ABC):
         period = x.new_tensor(self.period)
         return torch.where(period > 0, torch.round(x / period.clamp_min(1e-9)) * period, 0.0)
 
+    def nearest_goal(self, x: Tensor) -> Tensor:
+        """The goal with every angle within half a period of that of x (..., n)."""
+        return self.goal.to(x) + self.turns(x - self.goal.to(x))
+
+    def motion(self, spheres: Spheres, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Centres and velocities (B, T+1, K, d) of the spheres of episodes that go through the states x (B, T+1, n)."""
+        path = [spheres]
+        for t in range(1, x.shape[1]):
+            path.append(self.move(path[-1], x[:, t]))
+        return torch.stack([s.centers for s in path], dim=1), torch.stack([s.velocity for s in path], dim=1)
+
     def wrapped(self, x: Tensor) -> Tensor:
         """x (..., n) with every angle within half a period of the goal's."""
         return x - self.turns(x - self.goal.to(x))

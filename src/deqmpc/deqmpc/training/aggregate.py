@@ -35,7 +35,7 @@ from tqdm import tqdm
 from deqmpc import datasets, experts, tasks
 from deqmpc.datasets import Demonstrations
 from deqmpc.experts import Trajectory
-from deqmpc.planners import ModelPlanner, Planner, load_model
+from deqmpc.planners import ModelPlanner, Planner, load_model, rows_of
 from deqmpc.policies import model as model_folder
 from deqmpc.provenance import commit, sha256
 from deqmpc.realtime import RealtimeSolver
@@ -96,28 +96,19 @@ class Expert:
         moved = old.x - self.task.turns(old.x[:, :1] - x.unsqueeze(1))
         return self._solve(x, spheres, torch.cat([x.unsqueeze(1), moved[:, 1:]], dim=1), old.u)
 
-    def motion(self, spheres: Spheres, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Centres and velocities (B, T+1, K, d) of spheres beside which the states x (B, T+1, n) go through."""
-        path = [spheres]
-        for t in range(1, x.shape[1]):
-            path.append(self.task.move(path[-1], x[:, t]))
-        return tuple(torch.stack([getattr(s, name) for s in path], dim=1) for name in ('centers', 'velocity'))
-
     def _solve(self, x, spheres, plan, u) -> al.Solution:
         """From a guess, to the goal that it leads to, past spheres as they move beside it."""
         task, T = self.task, self.settings.horizon
-        last = plan[:, -1]
-        goal = (task.goal + task.turns(last - task.goal)).unsqueeze(1).expand(-1, T + 1, -1)
-        data = self.problem.instances(x, goal, task.u_ref.expand(len(x), T, -1), self.motion(spheres, plan)[0],
+        goal = task.nearest_goal(plan[:, -1]).unsqueeze(1).expand(-1, T + 1, -1)
+        data = self.problem.instances(x, goal, task.u_ref.expand(len(x), T, -1), task.motion(spheres, plan)[0],
                                       spheres.inflated(task.margin + self.recipe.clearance))
-        start = replace(al.cold_start(self.problem, data, al.Settings()), x=plan, u=u)
-        return self._solver.solve_batch(data, start)
+        return self._solver.solve_batch(data, al.guess(self.problem, data, plan, u, al.Settings()))
 
     def trajectories(self, found: al.Solution, spheres: Spheres) -> list[Trajectory]:
         """What is kept of the answers that are exact and outside the spheres."""
         k = self.settings.length
         x, u = found.x[:, :k], found.u[:, :k]
-        centers, velocity = self.motion(spheres, x)
+        centers, velocity = self.task.motion(spheres, x)
         good = found.defect <= EXACT
         if spheres.radii.shape[1]:
             distance = torch.linalg.vector_norm(centers - x[:, :, None, self.problem.position], dim=-1)
@@ -167,14 +158,9 @@ def answers(task: Task, planner: Planner | None, settings: Settings,
         if not going.any():
             break
         rows = going.nonzero()[:, 0]
-        x, spheres, flies, before = x[rows], spheres[rows], flies[rows], _rows(found, rows)
+        x, spheres, flies, before = x[rows], spheres[rows], flies[rows], rows_of(found, rows)
         memory = None if memory is None else memory[rows]
     return made, asked
-
-
-def _rows(solution: al.Solution, rows: Tensor) -> al.Solution:
-    parts = {f.name: getattr(solution, f.name)[rows] for f in fields(solution)}
-    return al.Solution(**parts)
 
 
 def joined(demonstrations: Demonstrations, made: list[Trajectory], split_seed: int) -> Demonstrations:
