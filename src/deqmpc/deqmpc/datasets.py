@@ -133,6 +133,22 @@ def windows(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray
     trajectory its last state is repeated. Where episodes end by success (task.hold) the expert was still moving there,
     so such states are not `known`; elsewhere experts rest at the goal."""
     d = demonstrations
+    x, known, at = _states(d, task, trajectories, first, length)
+    rows = at if d.moving else np.repeat(trajectories[:, None], length, axis=1)
+    centers, velocity = (torch.from_numpy(v[rows].astype(float)) for v in (d.centers, d.velocity))
+    if d.radii.shape[1] == 0:  # files without spheres do not say how many numbers a centre has
+        centers = velocity = centers.new_zeros(*at.shape, 0, task.spatial)
+    return Windows(x, centers, velocity, torch.from_numpy(d.radii[trajectories].astype(float)), known)
+
+
+def states(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray, first: np.ndarray,
+           length: int) -> tuple[Tensor, Tensor]:
+    """`x` and `known` of those windows alone: the spheres of many windows are gigabytes."""
+    return _states(demonstrations, task, trajectories, first, length)[:2]
+
+
+def _states(d, task, trajectories, first, length) -> tuple[Tensor, Tensor, np.ndarray]:
+    """x, known, and the rows of the file that x is from."""
     last = d.lengths[trajectories] - 1
     known = torch.from_numpy((first[:, None] + np.arange(length) <= last[:, None]) | (task.hold == 0))
     at = np.minimum(first[:, None] + np.arange(length), last[:, None]) + d.first[trajectories][:, None]
@@ -140,11 +156,7 @@ def windows(demonstrations: Demonstrations, task: Task, trajectories: np.ndarray
     if task.period:
         x = continuous(x, task)
         x = x - task.turns(x[:, :1] - task.goal)
-    rows = at if d.moving else np.repeat(trajectories[:, None], length, axis=1)
-    centers, velocity = (torch.from_numpy(v[rows].astype(float)) for v in (d.centers, d.velocity))
-    if d.radii.shape[1] == 0:  # files without spheres do not say how many numbers a centre has
-        centers = velocity = centers.new_zeros(*at.shape, 0, task.spatial)
-    return Windows(x, centers, velocity, torch.from_numpy(d.radii[trajectories].astype(float)), known)
+    return x, known, at
 
 
 def continuous(x: Tensor, task: Task) -> Tensor:

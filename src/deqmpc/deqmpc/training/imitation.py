@@ -17,8 +17,8 @@ settings, off as in the paper, bring such states into the windows; what is to be
               where the policy itself leads (as in DAgger, Ross et al. 2011, but without asking the expert again)
 
 A state that has failed (inside a sphere, not finite) is replaced by the expert's. deqmpc.training.aggregate asks the
-expert at such states instead, which needs one, and works far better. Experts rest at the goal for most of
-an episode; `early` > 1 draws windows nearer to their trajectories' beginnings, at the share v^early, v uniform.
+expert at such states instead, which needs one, and works far better. Experts rest at the goal for most of an episode;
+`early` > 1 draws windows nearer to their trajectories' beginnings, at the share v^early, v uniform.
 
 The validation error is the mean of |x^N - x_{s..s+T}|_1 of the last iterates over random windows of the
 validation trajectories: of the cold plan (s = 0), and of the streamed ones (s = 1..L).
@@ -134,7 +134,7 @@ def state_scale(demonstrations: Demonstrations, task: Task, trajectories: np.nda
     by."""
     every = np.repeat(trajectories, demonstrations.lengths[trajectories])
     first = np.concatenate([np.arange(length) for length in demonstrations.lengths[trajectories]])
-    x = datasets.windows(demonstrations, task, every, first, 1).x
+    x, _ = datasets.states(demonstrations, task, every, first, 1)
     rms = (x - task.goal).square().mean(dim=(0, 1)).sqrt().clamp_min(1e-2)
     return tuple(float(f'{v:.3g}') for v in rms.tolist())
 
@@ -312,8 +312,9 @@ def fit_direct(trainer: Trainer, steps: int, batch: int = 256, learning_rate: fl
     s = network.settings
     if not s.direct:
         raise ValueError('this network has no direct part to fit; expected one with direct > 0')
-    w = trainer.windows(*trainer.draw(trainer.train, count, generator))
-    x, known = w.x[:, :s.horizon + 1].float(), w.known[:, 1:s.horizon + 1]
+    drawn = trainer.draw(trainer.train, count, generator)
+    x, known = datasets.states(trainer.demonstrations, trainer.task, *drawn, s.horizon + 1)
+    x, known = x.float().to(trainer.device), known[:, 1:].to(trainer.device)
     change = (x[:, 1:] - x[:, :1])[known].square().mean(dim=0).sqrt()
     change = torch.maximum(change, 0.1 * network.scale)
     optimizer = torch.optim.Adam(network.direct.parameters(), lr=learning_rate)
