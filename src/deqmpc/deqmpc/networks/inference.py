@@ -50,15 +50,15 @@ class Inference:
         if storage not in STORAGES:
             raise ValueError(f'storage = {storage!r}; expected one of {", ".join(STORAGES)}')
         self.settings, self.storage, self._direct = network.settings, storage, ()
-        if network.settings.direct:
-            self._goal, self._scale = (v.cpu().numpy().copy() for v in (network.goal, network.scale))
-            self._direct = tuple((m.weight.detach().cpu().numpy().T.copy(), m.bias.detach().cpu().numpy().copy())
-                                 for m in network.direct if isinstance(m, torch.nn.Linear))
         try:
             self._path = _Compiled(network, storage)
         except build.NoCompiler as error:
             _say_once(str(error))
             self._path = _Torch(network)
+        if self.compiled and network.settings.direct:  # which compiled code leaves out
+            self._goal, self._scale = (v.cpu().numpy().copy() for v in (network.goal, network.scale))
+            self._direct = tuple((m.weight.detach().cpu().numpy().T.copy(), m.bias.detach().cpu().numpy().copy())
+                                 for m in network.direct if isinstance(m, torch.nn.Linear))
 
     @property
     def compiled(self) -> bool:
@@ -93,13 +93,8 @@ class Inference:
             z = z if np.isfinite(z).all() else None
         if not all(np.isfinite(v).all() for v in given):
             return Answer(np.full((s.horizon + 1, s.n), np.nan), None, 0, float('inf'), False, False)
-        return self._with_direct(x_init, self._path(x_init, tau, centers, radii, z))
-
-    def _with_direct(self, x_init: np.ndarray, answer: Answer) -> Answer:
-        """The answer of compiled code with the direct part, which that leaves out."""
-        if not (self._direct and self.compiled):
-            return answer
-        return replace(answer, theta=answer.theta + self._of_state(x_init[None])[0])
+        answer = self._path(x_init, tau, centers, radii, z)
+        return replace(answer, theta=answer.theta + self._of_state(x_init[None])[0]) if self._direct else answer
 
     def _of_state(self, x_init: np.ndarray) -> np.ndarray:
         """(M, T+1, n): what the direct part adds to theta."""
@@ -128,7 +123,7 @@ class Inference:
         if M == 0 or not (np.isfinite(x_init).all() and np.isfinite(tau).all()):
             return np.full((M, s.horizon + 1, s.n), np.nan), None
         theta, z = self._path.many(x_init, tau, z)
-        return (theta + self._of_state(x_init) if self._direct and self.compiled else theta), z
+        return (theta + self._of_state(x_init) if self._direct else theta), z
 
 
 def _array(name, value, shape, dtype=np.float64) -> np.ndarray:
