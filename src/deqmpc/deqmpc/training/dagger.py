@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from deqmpc import experts
+from deqmpc.policies.model import SETTINGS
 from deqmpc.training import aggregate, train
 
 HIDDEN = 16  # channels of the convolutions, which add nothing here
@@ -67,7 +68,7 @@ def run(a: argparse.Namespace) -> Path:
         if not made.exists():
             _aggregate(a, k, given, model, made)
         fit = out / f'fit_{k}'
-        if not (fit / 'model').exists():
+        if not (fit / 'model' / SETTINGS).exists():  # the file that is written last
             _fit(a, made, model, fit)
         given, model = made, fit / 'model'
     return out
