@@ -218,13 +218,13 @@ def test_a_fitted_direct_part_answers_what_the_expert_does_next(output):
     model = build_model(TASK, 'deq_mpc_deq', 16, state_scale(d, TASK, datasets.split(d, 0)[0]), output=output,
                         direct=48)
     trainer = Trainer(TASK, model, d, Settings(steps=0))
-    error = fit_direct(trainer, 1500, batch=64, count=2000)
+    error = fit_direct(trainer, 3000, batch=64, count=2000)
     x = datasets.windows(d, TASK, trainer.train, np.full(len(trainer.train), 12), 6).x
     with torch.no_grad():
         theta = model.network(x[:, 0], x[:, :1].expand(-1, 6, -1)).theta
     staying = (x[:, :1] - x).square().mean(dim=0).sqrt()[1:]
     missed = (theta - x).square().mean(dim=0).sqrt()[1:]
-    assert missed.norm() < 0.3 * staying.norm() and error < 0.3 and theta.isfinite().all()
+    assert missed.norm() < 0.2 * staying.norm() and error < 0.3 and theta.isfinite().all()
 
 
 def test_a_network_without_a_direct_part_has_nothing_to_fit():
