@@ -7,6 +7,7 @@ Settings are a frozen dataclass; each field is one parameter, its metadata made 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -190,7 +191,8 @@ def _schedule(node: Node, priority: int) -> None:
         return
     try:
         for thread in os.listdir('/proc/self/task'):
-            os.sched_setscheduler(int(thread), os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
+            with contextlib.suppress(ProcessLookupError):  # it ended since the list was made: nothing to schedule
+                os.sched_setscheduler(int(thread), os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
     except PermissionError:
         node.get_logger().info(f'real-time priority {priority} is not permitted: other processes may delay this one '
                                '(to permit it, set rtprio in /etc/security/limits.conf)')

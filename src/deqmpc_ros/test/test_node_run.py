@@ -6,7 +6,7 @@ import textwrap
 import pytest
 
 NODE = textwrap.dedent('''
-    import gc, os, sys
+    import gc, os, sys, threading
     from rclpy.node import Node
     from deqmpc_ros.node import run
 
@@ -15,6 +15,13 @@ NODE = textwrap.dedent('''
 
     if '--refuse' in sys.argv:
         os.sched_setscheduler = refuse
+
+    if '--ended' in sys.argv:  # a thread that ends between the listing and the scheduling
+        thread = threading.Thread(target=int)
+        thread.start()
+        thread.join()
+        everything = os.listdir
+        os.listdir = lambda path: [str(thread.native_id), *everything(path)]
 
     class Probe(Node):
         priority = 7
@@ -27,7 +34,8 @@ NODE = textwrap.dedent('''
             self.finished = True
             threads = [int(t) for t in os.listdir('/proc/self/task')]
             print('scheduled', {(os.sched_getscheduler(t) & ~os.SCHED_RESET_ON_FORK,
-                                 os.sched_getparam(t).sched_priority) for t in threads})
+                                 os.sched_getparam(t).sched_priority)
+                                for t in threads if os.path.exists(f'/proc/self/task/{t}')})
             print('frozen', gc.get_freeze_count() > 10_000)
 
     sys.exit(run(Probe))
@@ -57,6 +65,13 @@ def test_where_real_time_priority_is_not_permitted_a_node_says_so_once_and_runs(
 def test_every_thread_of_a_node_has_the_priority_that_it_asks_for(tmp_path):
     done = start(tmp_path)
     assert f'scheduled {{({os.SCHED_FIFO}, 7)}}' in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not real_time_is_permitted(), reason='real-time priority is not permitted here')
+def test_a_thread_that_ends_while_threads_are_scheduled_ends_nothing_else(tmp_path):
+    done = start(tmp_path, '--ended')
+    assert done.returncode == 0, done.stderr
+    assert f'scheduled {{({os.SCHED_FIFO}, 7)}}' in done.stdout, done.stdout
 
 
 def test_what_start_up_leaves_is_kept_from_the_garbage_collector(tmp_path):

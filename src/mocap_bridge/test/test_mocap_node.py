@@ -181,7 +181,7 @@ def test_a_lost_body_is_silence_on_pose_and_an_error_in_the_diagnostics(listener
 def test_an_unknown_body_ends_the_node_with_the_names_that_exist():
     with Streaming(moving, names={'cf7': 1, 'wand': 2}) as s:
         status, said = finish(start(f'command_port:={s.server.port}'))
-    assert status == 2
+    assert status == 2, said
     errors = [line for line in said.splitlines() if line.startswith('error:')]
     assert len(errors) == 1 and "'cf1'" in errors[0] and 'cf7, wand' in errors[0], said
 
@@ -189,7 +189,7 @@ def test_an_unknown_body_ends_the_node_with_the_names_that_exist():
 def test_a_server_that_is_absent_past_connect_timeout_ends_the_node_with_one_error():
     with wire.Server() as silent:
         status, said = finish(start(f'command_port:={silent.port}', 'connect_timeout:=0.5'))
-    assert status == 2
+    assert status == 2, said
     errors = [line for line in said.splitlines() if line.startswith('error:')]
     assert len(errors) == 1 and 'connect_timeout = 0.5 s' in errors[0], said
 
@@ -199,7 +199,7 @@ def test_a_server_that_is_absent_past_connect_timeout_ends_the_node_with_one_err
     ('max_sped:=3.0', 'max_sped')])
 def test_a_wrong_parameter_ends_the_node_with_one_error_that_names_it(parameter, message):
     status, said = finish(start(parameter))
-    assert status == 2 and 'Traceback' not in said
+    assert status == 2 and 'Traceback' not in said, said
     errors = [line for line in said.splitlines() if line.startswith('error:')]
     assert len(errors) == 1 and message in errors[0], said
 
