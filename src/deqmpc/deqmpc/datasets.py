@@ -55,11 +55,14 @@ class Demonstrations:
 
     def starts(self, trajectories: np.ndarray) -> tuple[Tensor, Spheres]:
         """First states (B, n) and spheres of some trajectories."""
-        rows = self.first[trajectories]
-        at = rows if self.moving else trajectories
-        return torch.from_numpy(self.states[rows].astype(float)), Spheres(
-            *(torch.from_numpy(v.astype(float)) for v in (self.centers[at], self.velocity[at],
-                                                          self.radii[trajectories])))
+        first = np.zeros_like(trajectories)
+        return torch.from_numpy(self.states[self.first[trajectories]].astype(float)), self.spheres(trajectories, first)
+
+    def spheres(self, trajectories: np.ndarray, first: np.ndarray) -> Spheres:
+        """Those of some trajectories (B,) at their states `first` (B,)."""
+        at = self.first[trajectories] + first if self.moving else trajectories
+        return Spheres(*(torch.from_numpy(v.astype(float)) for v in (self.centers[at], self.velocity[at],
+                                                                     self.radii[trajectories])))
 
 
 def load(path: str | Path) -> Demonstrations:

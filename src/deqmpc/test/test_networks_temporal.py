@@ -106,8 +106,9 @@ def test_a_sample_that_is_not_finite_is_flagged_and_leaves_all_gradients_finite(
     assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
 
 
-def test_spheres_may_come_in_any_order_and_absent_ones_change_nothing():
-    network = TemporalNetwork(dataclasses.replace(SMALL, spheres=True))
+@pytest.mark.parametrize('changes', [{}, dict(direct=16, sight=8)], ids=['encoded', 'and seen'])
+def test_spheres_may_come_in_any_order_and_absent_ones_change_nothing(changes):
+    network = TemporalNetwork(dataclasses.replace(SMALL, spheres=True, **changes))
     x, tau, centers, radii = inputs(SMALL)
     with torch.no_grad():
         theta = network(x, tau, centers, radii).theta
@@ -119,6 +120,23 @@ def test_spheres_may_come_in_any_order_and_absent_ones_change_nothing():
         assert not torch.allclose(network(x, tau, centers, 2.0 * radii).theta, theta, atol=1e-3)
         none = network(x, tau, centers[:, :, :0], radii[:, :0]).theta
         assert torch.allclose(network(x, tau, centers, 0.0 * radii).theta, none, atol=1e-5)
+
+
+def test_the_direct_part_sees_where_spheres_are_and_where_they_go_and_nothing_without_sight():
+    x, _, centers, radii = inputs(SMALL)
+    moved = torch.cat([centers[:, :-1], centers[:, -1:] + 0.5], dim=1)
+    for sight in (0, 8):
+        network = TemporalNetwork(dataclasses.replace(SMALL, spheres=True, direct=16, sight=sight))
+        with torch.no_grad():
+            here, moving, shifted = (network.of_state(x.float(), c, radii) for c in (centers, moved, centers + 0.5))
+        assert here.isfinite().all()
+        assert all(torch.equal(here, other) == (sight == 0) for other in (moving, shifted))
+
+
+@pytest.mark.parametrize('changes', [dict(direct=16), dict(spheres=True), dict(spheres=True, direct=16, sight=-1)])
+def test_sight_needs_a_direct_part_and_spheres(changes):
+    with pytest.raises(ValueError, match=r'sight = .*; expected an integer >= 0'):
+        dataclasses.replace(SMALL, **{'sight': 8, **changes})
 
 
 @pytest.mark.parametrize('output', ['velocity', 'delta'])
@@ -166,7 +184,8 @@ def test_the_norms_backward_pass_is_torchs():
 
 
 TWINS = [dict(), dict(kind='nn', blocks=2), dict(spheres=True), dict(kind='nn', spheres=True, output='delta'),
-         dict(expansion=2, horizon=1), dict(horizon=20), dict(horizon=7, hidden=64, state_scale=(2.0,) * 6)]
+         dict(expansion=2, horizon=1), dict(horizon=20), dict(horizon=7, hidden=64, state_scale=(2.0,) * 6),
+         dict(spheres=True, direct=16, sight=8)]
 
 
 @pytest.mark.parametrize('changes', TWINS, ids=str)

@@ -195,11 +195,12 @@ def test_an_untrained_encoder_takes_the_goal_for_zero():
     assert torch.allclose(at_goal, plain.node.linear(torch.full((14,), 0.15)), atol=1e-6)
 
 
-def test_a_training_may_begin_with_a_model_that_knew_no_spheres_and_then_answers_as_it_did():
+@pytest.mark.parametrize('direct, sight', [(0, 0), (24, 0), (24, 8)])
+def test_a_training_may_begin_with_a_model_that_knew_no_spheres_and_then_answers_as_it_did(direct, sight):
     torch.manual_seed(0)
-    old = build_model(tasks.make('qpole'), 'deq_mpc_deq', 16)
+    old = build_model(tasks.make('qpole'), 'deq_mpc_deq', 16, direct=direct)
     task = tasks.make('qpole_obs')
-    model = build_model(task, 'deq_mpc_deq', 16)
+    model = build_model(task, 'deq_mpc_deq', 16, direct=direct, sight=sight)
     begin_with(model, old.network, 'old')
     x, spheres = task.sample(3, torch.Generator().manual_seed(0))
     tau = x.unsqueeze(1).expand(-1, 6, -1)
@@ -225,6 +226,23 @@ def test_a_fitted_direct_part_answers_what_the_expert_does_next(output):
     staying = (x[:, :1] - x).square().mean(dim=0).sqrt()[1:]
     missed = (theta - x).square().mean(dim=0).sqrt()[1:]
     assert missed.norm() < 0.2 * staying.norm() and error < 0.3 and theta.isfinite().all()
+
+
+def test_a_direct_part_with_sight_is_fitted_to_what_spheres_do_to_the_expert():
+    task, rng = tasks.make('qpole_obs', spheres=1), np.random.default_rng(0)
+    side = rng.choice([-1.0, 1.0], size=40)  # the sphere is above or below, and the expert goes the other way
+    x = np.tile(task.goal.numpy(), (40, 16, 1))
+    x[..., 2] += rng.uniform(-3.0, 3.0, (40, 1))
+    centers = x[:, :1, :3] + side[:, None, None] * [0.0, 0.0, 1.0]
+    x[..., 2] -= side[:, None] * 0.1 * np.arange(16)
+    d = Demonstrations(x.reshape(-1, 14), np.zeros((40 * 16, 4)), np.full(40, 16), centers, 0.0 * centers,
+                       np.full((40, 1), 0.5))
+    errors = {}
+    for sight in (0, 8):
+        torch.manual_seed(0)
+        model = build_model(task, 'deq_mpc_nn', 16, (1.0,) * 14, output='delta', direct=16, sight=sight)
+        errors[sight] = fit_direct(Trainer(task, model, d, Settings(steps=0)), 400, batch=64, count=2000)
+    assert errors[8] < 0.5 * errors[0]
 
 
 def test_a_network_without_a_direct_part_has_nothing_to_fit():

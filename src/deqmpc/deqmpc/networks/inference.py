@@ -57,8 +57,8 @@ class Inference:
             self._path = _Torch(network)
         if self.compiled and network.settings.direct:  # which compiled code leaves out
             self._goal, self._scale = (v.cpu().numpy().copy() for v in (network.goal, network.scale))
-            self._direct = tuple((m.weight.detach().cpu().numpy().T.copy(), m.bias.detach().cpu().numpy().copy())
-                                 for m in network.direct if isinstance(m, torch.nn.Linear))
+            self._direct = _layers(network.direct)
+            self._sight = _layers(network.sight) if network.settings.sight else ()
 
     @property
     def compiled(self) -> bool:
@@ -94,20 +94,32 @@ class Inference:
         if not all(np.isfinite(v).all() for v in given):
             return Answer(np.full((s.horizon + 1, s.n), np.nan), None, 0, float('inf'), False, False)
         answer = self._path(x_init, tau, centers, radii, z)
-        return replace(answer, theta=answer.theta + self._of_state(x_init[None])[0]) if self._direct else answer
+        if not self._direct:
+            return answer
+        return replace(answer, theta=answer.theta + self._of_state(x_init[None], centers, radii)[0])
 
-    def _of_state(self, x_init: np.ndarray) -> np.ndarray:
-        """(M, T+1, n): what the direct part adds to theta."""
+    def _of_state(self, x_init: np.ndarray, centers: np.ndarray | None = None,
+                  radii: np.ndarray | None = None) -> np.ndarray:
+        """(M, T+1, n): what the direct part adds to theta. M = 1 where it sees spheres."""
         s = self.settings
-        y = (x_init.astype(np.float32) - self._goal) / self._scale
-        for i, (weight, bias) in enumerate(self._direct):
-            if i:
-                with np.errstate(over='ignore'):  # exp of a large number: y / inf is the 0 that is meant
-                    y = y / (1.0 + np.exp(-y))
-            y = y @ weight + bias
+        e = (x_init.astype(np.float32) - self._goal) / self._scale
+        if self._sight:
+            e = np.concatenate([e, self._seen(e, x_init, centers, radii)], axis=1)
+        y = _through(self._direct, e)
         part = y.reshape(-1, s.horizon, s.n).astype(np.float64)
         part[..., :s.positions] *= s.dt
         return np.concatenate([np.zeros_like(part[:, :1]), part], axis=1)
+
+    def _seen(self, e, x_init, centers, radii) -> np.ndarray:
+        """(1, v): as of the torch module."""
+        there = radii > 0
+        if not there.any():
+            return np.zeros((1, len(self._sight[-1][1])), np.float32)
+        now, last, r = centers[0, there], centers[-1, there], radii[there, None]
+        offset = now - x_init[:, :self.settings.spatial]
+        gap = np.linalg.norm(offset, axis=1, keepdims=True) - r
+        given = np.concatenate([np.broadcast_to(e, (len(r), e.shape[1])), offset, gap, r, last - now], axis=1)
+        return np.maximum(_through(self._sight, given.astype(np.float32)), 0.0).max(axis=0, keepdims=True)
 
     def many(self, x_init: np.ndarray, tau: np.ndarray,
              z: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -124,6 +136,21 @@ class Inference:
             return np.full((M, s.horizon + 1, s.n), np.nan), None
         theta, z = self._path.many(x_init, tau, z)
         return (theta + self._of_state(x_init) if self._direct else theta), z
+
+
+def _layers(part: torch.nn.Sequential) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    return tuple((m.weight.detach().cpu().numpy().T.copy(), m.bias.detach().cpu().numpy().copy())
+                 for m in part if isinstance(m, torch.nn.Linear))
+
+
+def _through(layers, y: np.ndarray) -> np.ndarray:
+    """Linear layers with SiLU between them."""
+    for i, (weight, bias) in enumerate(layers):
+        if i:
+            with np.errstate(over='ignore'):  # exp of a large number: y / inf is the 0 that is meant
+                y = y / (1.0 + np.exp(-y))
+        y = y @ weight + bias
+    return y
 
 
 def _array(name, value, shape, dtype=np.float64) -> np.ndarray:

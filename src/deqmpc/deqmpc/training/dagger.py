@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument('--episodes', type=int, default=50, help='of a round, twice as many in the first; default 50')
     p.add_argument('--steps', type=int, default=200, help='of an episode at most, default 200')
     p.add_argument('--direct', type=int, default=256, metavar='WIDTH', help='of the fitted part, default 256')
+    p.add_argument('--sight', type=int, default=0, metavar='WIDTH',
+                   help='of what it sees of spheres, default 0: nothing')
+    p.add_argument('--init', type=Path, metavar='MODEL', help='folder of a model with whose direct part to begin')
     p.add_argument('--fit', type=int, default=6000, metavar='STEPS', help='of a fit, default 6000')
     p.add_argument('--seed', type=int, default=0, help='of starts, noise, fits and the split')
     p.add_argument('--out', type=Path, help='default: runs/dagger/TASK-sSEED')
@@ -69,7 +72,7 @@ def run(a: argparse.Namespace) -> Path:
             _aggregate(a, k, given, model, made)
         fit = out / f'fit_{k}'
         if not (fit / 'model' / SETTINGS).exists():  # the file that is written last
-            _fit(a, made, model, fit)
+            _fit(a, made, model or a.init, fit)
         given, model = made, fit / 'model'
     return out
 
@@ -83,8 +86,8 @@ def _aggregate(a: argparse.Namespace, k: int, given: Path, model: Path | None, m
 
 def _fit(a: argparse.Namespace, data: Path, model: Path | None, out: Path) -> None:
     command = [a.task, '--policy', 'deq_mpc_nn', '--hidden', str(HIDDEN), '--direct', str(a.direct),
-               '--fit', str(a.fit), '--steps', '0', '--output', 'delta', '--method', 'iterations=1',
-               '--method', 'mu_0=100', '--demonstrations', str(data), '--seed', str(a.seed),
+               '--sight', str(a.sight), '--fit', str(a.fit), '--steps', '0', '--output', 'delta',
+               '--method', 'iterations=1', '--method', 'mu_0=100', '--demonstrations', str(data), '--seed', str(a.seed),
                '--split-seed', str(a.seed), '--out', str(out), *(['--init', str(model)] if model else [])]
     train.run(train.parser().parse_args(command), command, 'cpu')
 

@@ -86,33 +86,46 @@ class Settings:
 
 def begin_with(model: nn.Module, given: TemporalNetwork, where: str) -> None:
     """Begin with the weights of a trained network of the same kind and size, which may have been without spheres: what
-    encodes them then starts as if there were none. Of a network of another kind or size only the direct part is taken,
-    and the head begins with zero. ValueError, naming `where` it is from, for a network with nothing to take."""
+    encodes or sees them then starts as if there were none. Of a network of another kind or size only the direct part
+    is taken, and the head begins with zero. ValueError, naming `where` it is from, for a network with nothing to take.
+    """
     own, s, theirs = model.network, model.network.settings, given.settings
-    if s.direct and replace(s, kind=theirs.kind, hidden=theirs.hidden, spheres=theirs.spheres) == theirs and (
+    alike = replace(s, spheres=theirs.spheres, sight=theirs.sight)
+    if s.direct and replace(alike, kind=theirs.kind, hidden=theirs.hidden) == theirs and (
             (s.kind, s.hidden) != (theirs.kind, theirs.hidden)):
-        own.direct.load_state_dict(given.direct.state_dict())
+        _take(own, {k: v for k, v in given.state_dict().items() if k.startswith(('direct', 'sight'))})
         _silence_head(own)
         return
-    if replace(theirs, spheres=s.spheres, spatial=s.spatial) != s or theirs.spheres > s.spheres:
-        raise ValueError(f'{where}: its network has {theirs}; expected {s}, with or without spheres')
-    missing, _ = own.load_state_dict(given.state_dict(), strict=False)
-    with torch.no_grad():
-        for name in missing:
-            if name.startswith('sphere_out'):
-                own.get_parameter(name).zero_()
+    if (replace(alike, spatial=theirs.spatial) != theirs or theirs.spheres > s.spheres
+            or theirs.sight not in (0, s.sight)):
+        raise ValueError(f'{where}: its network has {theirs}; expected {s}, with or without spheres and sight')
+    _take(own, given.state_dict())
+    if s.spheres > theirs.spheres:
+        with torch.no_grad():
+            own.sphere_out.weight.zero_()
+            own.sphere_out.bias.zero_()
+
+
+def _take(network: TemporalNetwork, weights: dict[str, Tensor]) -> None:
+    """Load `weights`. Those of a network without spheres say nothing of what the direct part sees of them: zero."""
+    first = 'direct.0.weight'
+    if first in weights and weights[first].shape != network.direct[0].weight.shape:
+        whole = torch.zeros_like(network.direct[0].weight)
+        whole[:, :network.settings.n] = weights[first]
+        weights = {**weights, first: whole}
+    network.load_state_dict(weights, strict=False)
 
 
 def build_model(task: Task, variant: str, hidden: int, scale: tuple[float, ...] = (), motion: bool = False,
-                output: str = 'velocity', direct: int = 0, **method) -> nn.Module:
+                output: str = 'velocity', direct: int = 0, sight: int = 0, **method) -> nn.Module:
     """An untrained model: `variant` of VARIANTS, `hidden` channels, states divided by `scale`, with a network for the
-    spheres' `motion` or without, `output` and `direct` as in deqmpc.networks.temporal; `method` changes the settings
-    of DEQ-MPC. ValueError names what cannot be used."""
+    spheres' `motion` or without, `output`, `direct` and `sight` as in deqmpc.networks.temporal; `method` changes the
+    settings of DEQ-MPC. ValueError names what cannot be used."""
     if variant not in VARIANTS:
         raise ValueError(f'policy {variant!r}; expected one of {", ".join(VARIANTS)}')
     how, kind = VARIANTS[variant]
     network = TemporalNetwork(task.network(kind, hidden, state_scale=tuple(scale), output=output, direct=direct,
-                                           goal=tuple(task.goal.tolist()) if direct else ()))
+                                           sight=sight, goal=tuple(task.goal.tolist()) if direct else ()))
     _center(network, task)
     predictor = ObstacleMotion(settings_for(network.settings)) if motion else None
     if how is None:
@@ -317,21 +330,33 @@ def fit_direct(trainer: Trainer, steps: int, batch: int = 256, learning_rate: fl
     x, known = x.float().to(trainer.device), known[:, 1:].to(trainer.device)
     change = (x[:, 1:] - x[:, :1])[known].square().mean(dim=0).sqrt()
     change = torch.maximum(change, 0.1 * network.scale)
-    optimizer = torch.optim.Adam(network.direct.parameters(), lr=learning_rate)
+    parameters = [*network.direct.parameters(), *(network.sight.parameters() if s.sight else [])]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
     errors = []
     for _ in tqdm(range(steps), desc=f'{trainer.task.name}: direct part', disable=None, mininterval=2.0):
         rows = torch.randint(len(x), (batch,), generator=generator)
-        theta = network.predict(x[rows, 0], network.of_state(x[rows, 0]))[:, 1:]
+        theta = network.predict(x[rows, 0], network.of_state(x[rows, 0], *_ahead(trainer, drawn, rows)))[:, 1:]
         error = ((theta - x[rows, 1:]).abs() / change)[known[rows]].mean()
         optimizer.zero_grad(set_to_none=True)
         error.backward()
-        nn.utils.clip_grad_norm_(network.direct.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         errors.append(float(error.detach()))
     _silence_head(network)
     return float(np.mean(errors[-max(steps // 10, 1):]))
+
+
+def _ahead(trainer: Trainer, drawn: tuple[np.ndarray, np.ndarray], rows: Tensor) -> tuple[Tensor, Tensor] | tuple[()]:
+    """Centres now and at the last knot, and radii, of the spheres of some windows as a policy is given them. Nothing
+    for a direct part that does not see them."""
+    s = trainer.model.network.settings
+    if not s.sight:
+        return ()
+    seen = trainer.demonstrations.spheres(*(v[rows.numpy()] for v in drawn))
+    centers = seen.ahead(torch.tensor([0.0, s.horizon * s.dt], dtype=torch.float64))
+    return centers.float().to(trainer.device), seen.inflated(trainer.task.margin).float().to(trainer.device)
 
 
 @torch.no_grad()

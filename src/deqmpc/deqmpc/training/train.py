@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
                    help='velocities are predicted absolutely (velocity, default) or as changes (delta)')
     p.add_argument('--direct', type=int, default=0, metavar='WIDTH',
                    help='add a network of the present state alone (0: none), fitted to the expert first')
+    p.add_argument('--sight', type=int, default=0, metavar='WIDTH',
+                   help='of what that network sees of spheres (0: nothing)')
     p.add_argument('--fit', type=int, default=8000, metavar='STEPS', help='of that fit, default 8000')
     for field, kind in (('steps', int), ('batch', int), ('streaming', int), ('learning_rate', float),
                         ('decay', float), ('clip_norm', float), ('noise', float), ('own_states', float),
@@ -119,14 +121,15 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
              'bfloat16': a.bfloat16,
              **({'change': a.change} if a.change else {}),
              **({'output': a.output} if a.output != 'velocity' else {}),
-             **({'direct': a.direct, 'fit': a.fit} if a.direct else {}), **_origin(a.init),
+             **({'direct': a.direct, 'fit': a.fit} if a.direct else {}),
+             **({'sight': a.sight} if a.sight else {}), **_origin(a.init),
              **dataclasses.asdict(settings)}
     torch.manual_seed(settings.seed)
     train, _ = parts(demonstrations, settings, a.trajectories)
     given = model_folder.load(a.init).network if a.init else None
     scale = given.settings.state_scale if given else state_scale(demonstrations, task, train)
     model = build_model(task, a.policy, a.hidden, scale, a.motion, a.output, a.direct,
-                        **_numbers(a.method, '--method'))
+                        a.sight, **_numbers(a.method, '--method'))
     if given:
         begin_with(model, given, str(a.init))
     model.network.bfloat16 = a.bfloat16
