@@ -112,6 +112,27 @@ def test_a_plan_from_beyond_a_soft_bound_is_finished_where_the_bound_gives_way()
     assert step.defect <= 1e-4
 
 
+@pytest.mark.parametrize('off', [1e3, 1e200, float('inf')])
+def test_a_plan_that_comes_from_a_hopeless_start_is_finished_from_standing(off):
+    deq_mpc = joint(kind='nn', method='diff_mpc')  # its network does not look at the plan before
+    given = situation(B=4)
+    with torch.no_grad():
+        before = deq_mpc(*given, finish=True)
+        solver = dataclasses.replace(before.warm_start.solver, u=given[1] + off)
+        lost = dataclasses.replace(before.warm_start, solver=solver)
+        solver.x[:, 1:] *= off
+        alone, whole = (deq_mpc(*given, warm_start=lost, finish=finish).solutions[-1] for finish in (False, True))
+    assert not (alone.defect <= 1.0).any()
+    assert whole.converged.all() and whole.defect.max() <= 1e-4
+    controller = Controller(deq_mpc)
+    for i in range(4):
+        x, u, centers, radii = (v[i].numpy() for v in given)
+        centers = np.repeat(centers[None], T + 1, axis=0)
+        first = controller.step(x, u, centers, radii)
+        step = controller.step(x, u, centers, radii, dataclasses.replace(first, x=solver.x[i].numpy(), u=u + off))
+        assert step.defect <= 1e-4 and np.isfinite(step.u).all()
+
+
 def test_finishing_leaves_plans_that_have_converged_as_they_are():
     deq_mpc = joint(al_iterations=8, gn_steps=20)
     given = situation()

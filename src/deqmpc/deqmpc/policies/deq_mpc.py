@@ -22,7 +22,8 @@ and both the network and the constraints of MPC-m take o^i. For diff_mpc once, f
 
 Finish. m AL iterations do not always reach the tolerance. In flight and in rollouts a last plan that has not converged
 is solved on, with the same theta and from where it is, by the interior-point method: what is flown obeys the dynamics
-and bounds. Nothing is finished while gradients are recorded, and validation errors are those of the iterates.
+and bounds. Where that does not end (an AL iterate far off the dynamics is a bad start) it is solved once more, from
+standing at x_init. Nothing is finished while gradients are recorded, and validation errors are those of the iterates.
 
 Gradient. Every iterate carries its implicit gradient at its own penalty (smooth early, sharp late); losses are taken
 on all of them:  sum_i |x^i - x_expert|_1 + 0.1 |theta^i - x_expert|_1 [+ mean_j |o_j^i - o_j,true|_1]. Through the
@@ -222,21 +223,27 @@ class DeqMpc(nn.Module):
     @torch.no_grad()
     def _finished(self, data: Instances, solution: al.Solution) -> al.Solution:
         """`solution` with its unconverged samples solved on, where that comes nearer to the constraints."""
-        rows = (~solution.converged & torch.isfinite(solution.cost)).nonzero()[:, 0]
-        if len(rows) == 0:
-            return solution
-        solver = self._solver(self.settings.finisher(), data.radii.shape[1])
-        found = solver.solve_batch(data[rows], solution.warm_start[rows])
-        before = torch.maximum(solution.defect[rows], solution.violation[rows])
-        ended = torch.isin(found.status, torch.tensor([al.STATUS.index(status) for status in self.settings.ends()]))
-        better = ended | (torch.maximum(found.defect, found.violation) < before)
-        rows = rows[better]
+        rows = (~solution.converged).nonzero()[:, 0]
+        ends = torch.tensor([al.STATUS.index(status) for status in self.settings.ends()])
+        for start in (solution.warm_start, None):
+            if len(rows) == 0:
+                break
+            solver = self._solver(self.settings.finisher(), data.radii.shape[1])
+            found = solver.solve_batch(data[rows], None if start is None else start[rows])
+            ended = torch.isin(found.status, ends)
+            better = ended | (_residual(found) < _residual(solution)[rows])
+            solution = self._replaced(solution, rows[better], found, better)
+            rows = rows[~ended]
+        return solution
 
+    @staticmethod
+    def _replaced(solution: al.Solution, rows: Tensor, found: al.Solution, which: Tensor) -> al.Solution:
+        """`solution` with `rows` taken from those of `found`."""
         def put(name):
-            return getattr(solution, name).index_copy(0, rows, getattr(found, name)[better])
+            return getattr(solution, name).index_copy(0, rows, getattr(found, name)[which])
         changed = {name: put(name) for name in ('x', 'u', 'status', 'defect', 'violation', 'cost')}
         warm = replace(solution.warm_start, x=changed['x'], u=changed['u'])  # multipliers of another method stay out
-        steps = solution.steps.index_add(0, rows, found.steps[better])
+        steps = solution.steps.index_add(0, rows, found.steps[which])
         return replace(solution, warm_start=warm, steps=steps, **changed)
 
     def _solver(self, settings: realtime.Settings | al.Settings, spheres: int) -> realtime.RealtimeSolver:
@@ -258,6 +265,11 @@ class DeqMpc(nn.Module):
         known = torch.isfinite(solution.cost)
         return al.WarmStart(*(torch.where(known.view(-1, *[1] * (new.dim() - 1)), new, old)
                               for new, old in zip(solution.warm_start.tensors(), before.tensors(), strict=True)))
+
+
+def _residual(solution: al.Solution) -> Tensor:
+    """(B,) largest violation of dynamics and constraints; inf where there is no solution."""
+    return torch.maximum(solution.defect, solution.violation).nan_to_num(nan=float('inf'))
 
 
 class Controller:
@@ -309,17 +321,23 @@ class Controller:
             answer = self.network(x_init, look_at, centers, radii, z)
             solution = self._solver.solve(x_init, answer.theta, u_ref, centers, radii, start)
             evaluations, steps, z = evaluations + answer.evaluations, steps + solution.steps, answer.z
-            if not (answer.ok and np.isfinite(solution.x).all()):
+            if not answer.ok:
                 return Step(solution.x, solution.u, None, answer.theta, solution.status.value, steps, evaluations,
                             float('nan'), float('nan'))
+            if solution.status is al.Status.NOT_FINITE:
+                break
             start = solution.warm_start
             if i + 1 < count and solution.status is not al.Status.CONVERGED:
                 start = start._replace(mu=min(start.mu * s.gamma, s.mu_max))
         if solution.status is not al.Status.CONVERGED:
-            found = self._finisher.solve(x_init, answer.theta, u_ref, centers, radii, start)
-            steps += found.steps
-            if found.status in s.ends() or found.residual < solution.residual:
-                solution = found
+            for begin in (start, None):
+                found = self._finisher.solve(x_init, answer.theta, u_ref, centers, radii, begin)
+                steps += found.steps
+                ended = found.status in s.ends()
+                if ended or found.residual < solution.residual or solution.status is al.Status.NOT_FINITE:
+                    solution = found
+                if ended:
+                    break
         return Step(solution.x, solution.u, z, answer.theta, solution.status.value, steps, evaluations,
                     solution.defect, solution.violation, motion)
 
