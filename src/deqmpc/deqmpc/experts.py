@@ -439,7 +439,7 @@ def _approach(x, centers, radii, gap, velocity):
 def _together(task, trajectories, failures) -> Demonstrations:
     """Trajectories one after another, in single precision. Spheres that move are stored for every state."""
     def stack(values, shape):
-        return np.concatenate(values) if values else np.zeros((0, *shape))
+        return np.concatenate(values) if values else np.zeros((0, *shape), np.float32)
     K, (n, m) = task.spheres, (task.equations.n, task.equations.m)
     moving = any(t.velocity.any() for t in trajectories)
     keep = slice(None) if moving else slice(1)

@@ -79,6 +79,12 @@ def test_nominal_demonstrations_end_at_rest_and_restarts_do_too(demonstrations):
         assert np.abs(x[-1]).max() < 0.03
 
 
+def test_a_start_without_a_plan_does_not_double_the_size_of_the_file(demonstrations):
+    none = experts._together(tasks.make('crazyflie_dynobs'), [], ['nominal: no plan'])
+    for name in ('states', 'controls', 'centers', 'velocity'):
+        assert getattr(none, name).dtype == getattr(demonstrations['crazyflie_dynobs'], name).dtype == np.float32
+
+
 def test_the_expert_earns_more_than_mpc_without_a_network(demonstrations):
     d, task = demonstrations['crazyflie_obs'], tasks.make('crazyflie_obs')
     for restart, x, u, spheres in trajectories(d):
