@@ -91,6 +91,16 @@ def test_compiled_step_jacobian_and_curvature_are_those_of_torch(model):
         assert np.abs(mine - exact.numpy()).max() < 1e-10
 
 
+def test_a_function_that_no_vector_of_knots_has_is_refused_by_name():
+    class Rough(Pendulum):
+        def derivative(self, x, u):
+            theta, omega = x
+            return omega, u[0] - abs(omega) * omega - theta
+
+    with pytest.raises(ValueError, match=r'cannot write Abs\(x1\) in C; expected sums, products'):
+        codegen.c_source(Rough(), [0])
+
+
 @needs_compiler
 def test_the_compiled_solver_swings_the_pendulum_as_the_torch_solver_does():
     problem = Problem(Pendulum(), DT, 20, Q=[10.0, 1.0], R=[0.01], u_low=[-3.0], u_high=[3.0], position=[0])

@@ -72,6 +72,8 @@ def doubles_printer() -> type:
 
 
 def _printer():
+    import sympy
+
     class Printer(doubles_printer()):
         """Expressions over vec."""
 
@@ -88,15 +90,19 @@ def _printer():
             raise ValueError(f'cannot write {expr} in C; expected integer powers up to 8 or square roots')
 
         def _print_Function(self, expr):
-            name = expr.func.__name__
-            if name not in _FUNCTIONS:
-                raise ValueError(f'cannot write {expr} in C; expected functions among {", ".join(_FUNCTIONS)}')
-            return f'lanes_{name}({self._print(expr.args[0])})'
+            return f'lanes_{expr.func.__name__}({self._print(expr.args[0])})'
 
     for name in _FUNCTIONS:  # sympy prints these by functions of their own
         setattr(Printer, f'_print_{name}', Printer._print_Function)
 
-    return Printer().doprint
+    def written(expr):
+        # sympy has C of its own for many more (fabs, erf, comparisons), which is not over vec
+        for part in sympy.preorder_traversal(expr):
+            if not (part.is_Add or part.is_Mul or part.is_Pow or part.is_Atom or part.func.__name__ in _FUNCTIONS):
+                raise ValueError(f'cannot write {part} in C; expected sums, products, powers and functions among '
+                                 f'{", ".join(_FUNCTIONS)}')
+        return Printer().doprint(expr)
+    return written
 
 
 class _Writer:
