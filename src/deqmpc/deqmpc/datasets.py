@@ -14,7 +14,6 @@ beyond its end the last state is repeated (the experts end at rest).
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deqmpc.tasks.base import Spheres, Task
+from deqmpc.whole_file import replacing
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,10 @@ def save(path: str | Path, demonstrations: Demonstrations) -> None:
     """Write a file onto its name only when it is whole."""
     d, path = demonstrations, Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix('.part.npz')
-    np.savez_compressed(part, states=d.states, controls=d.controls, lengths=d.lengths, centers=d.centers,
-                        velocity=d.velocity, radii=d.radii, restart=d.restart.astype(np.int8),
-                        about=np.array(json.dumps(d.about)))
-    os.replace(part, path)
+    with replacing(path) as part, part.open('wb') as file:
+        np.savez_compressed(file, states=d.states, controls=d.controls, lengths=d.lengths, centers=d.centers,
+                            velocity=d.velocity, radii=d.radii, restart=d.restart.astype(np.int8),
+                            about=np.array(json.dumps(d.about)))
 
 
 def split(demonstrations: Demonstrations, seed: int, share: float = 0.9) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,7 @@ from rosbags.rosbag2 import Reader, ReaderError
 from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, get_typestore
 
+from deqmpc import whole_file
 from deqmpc.interface import Topic
 
 FLUSH_SECONDS = 0.25  # s of log time in one chunk at most
@@ -286,9 +287,7 @@ class BagWriter:
         self._finish_part()
         self._closed = True
         text = yaml.safe_dump({'rosbag2_bagfile_information': self._information(self._finished)}, sort_keys=False)
-        partial = self.path / 'metadata.yaml.tmp'
-        partial.write_text(text)
-        partial.replace(self.path / 'metadata.yaml')
+        whole_file.write_text(self.path / 'metadata.yaml', text)
 
     def __enter__(self) -> BagWriter:
         return self
