@@ -74,6 +74,9 @@ class Graph:
         self.reports = publisher(self.client, interface.DIAGNOSTICS, 'cf1')
         self.obstacles = publisher(self.client, interface.OBSTACLES, 'cf1')
         self.obstacles.publish(interface.obstacles_message(TYPES, Obstacles.none(now(self.client))))
+        # one for each service: of many that were made in a burst of refusals, one was never matched
+        self.clients = {name: self.client.create_client(message_class(kind), f'/cf1/{name}')
+                        for name, kind in interface.SERVICES.items()}
         self.timer = self.client.create_timer(0.01, self.publish)
         self.count = 0
 
@@ -100,10 +103,9 @@ class Graph:
             self.executor.spin_once(timeout_sec=0.05)
 
     def call(self, name, data=None):
-        kind = message_class(interface.SERVICES[name])
-        client = self.client.create_client(kind, f'/cf1/{name}')
+        client = self.clients[name]
         self.until(client.service_is_ready)
-        request = kind.Request()
+        request = client.srv_type.Request()
         if data is not None:
             request.data = data
         future = client.call_async(request)
