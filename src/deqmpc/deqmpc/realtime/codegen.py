@@ -72,8 +72,6 @@ def doubles_printer() -> type:
 
 
 def _printer():
-    import sympy
-
     class Printer(doubles_printer()):
         """Expressions over vec."""
 
@@ -89,20 +87,20 @@ def _printer():
                 return f'lanes_sqrt({base})' if expr.exp > 0 else f'(1.0/lanes_sqrt({base}))'
             raise ValueError(f'cannot write {expr} in C; expected integer powers up to 8 or square roots')
 
+        def _print(self, expr, **options):
+            # sympy has C of its own for many more functions (fabs, erf, comparisons), which is not over vec
+            if not (expr.is_Add or expr.is_Mul or expr.is_Pow or expr.is_Atom or expr.func.__name__ in _FUNCTIONS):
+                raise ValueError(f'cannot write {expr} in C; expected sums, products, powers and functions among '
+                                 f'{", ".join(_FUNCTIONS)}')
+            return super()._print(expr, **options)
+
         def _print_Function(self, expr):
             return f'lanes_{expr.func.__name__}({self._print(expr.args[0])})'
 
     for name in _FUNCTIONS:  # sympy prints these by functions of their own
         setattr(Printer, f'_print_{name}', Printer._print_Function)
 
-    def written(expr):
-        # sympy has C of its own for many more (fabs, erf, comparisons), which is not over vec
-        for part in sympy.preorder_traversal(expr):
-            if not (part.is_Add or part.is_Mul or part.is_Pow or part.is_Atom or part.func.__name__ in _FUNCTIONS):
-                raise ValueError(f'cannot write {part} in C; expected sums, products, powers and functions among '
-                                 f'{", ".join(_FUNCTIONS)}')
-        return Printer().doprint(expr)
-    return written
+    return Printer().doprint
 
 
 class _Writer:
