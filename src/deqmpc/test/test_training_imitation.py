@@ -263,6 +263,15 @@ def test_of_a_network_of_another_size_the_direct_part_is_taken():
         begin_with(made, build_model(TASK, 'diff_mpc_nn', 16, output='delta', direct=8).network, 'given')
 
 
+@pytest.mark.parametrize('hidden', [16, 32])
+@pytest.mark.parametrize('own, theirs', [(8, 16), (0, 16)])
+def test_sight_of_another_width_is_refused_by_name(hidden, own, theirs):
+    task = tasks.make('qpole_obs')
+    made, given = (build_model(task, 'deq_mpc_nn', h, direct=24, sight=v) for h, v in ((16, own), (hidden, theirs)))
+    with pytest.raises(ValueError, match='given: its network has'):
+        begin_with(made, given.network, 'given')
+
+
 def test_compiled_inference_has_the_direct_part_too():
     torch.manual_seed(0)
     network = build_model(tasks.make('qpole'), 'deq_mpc_nn', 16, output='delta', direct=24).network

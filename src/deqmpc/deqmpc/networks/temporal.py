@@ -207,9 +207,8 @@ class TemporalNetwork(nn.Module):
             return self.sphere_out.bias.expand(B, T, -1)
         offset = centers[:, 1:] - tau[:, 1:, None, :self.settings.spatial]
         r = radii[:, None, :, None].expand(B, T, K, 1)
-        gap = offset.square().sum(-1, keepdim=True).clamp_min(1e-12).sqrt() - r
-        code = self.sphere(torch.cat([offset, gap, r], dim=-1)) * (r > 0)  # codes are >= 0: zero is the least
-        return self.sphere_out(code.amax(dim=2))
+        code = self.sphere(torch.cat([offset, _gap(offset, r), r], dim=-1))
+        return self.sphere_out((code * (r > 0)).amax(dim=2))  # codes are >= 0: zero is the least
 
     def cell(self, z: Tensor, c: Tensor) -> Tensor:
         """d(z, c), both (B, h, T)."""
@@ -237,9 +236,8 @@ class TemporalNetwork(nn.Module):
             return e.new_zeros(len(e), self.settings.sight)
         offset = centers[:, 0] - x_init[:, None, :self.settings.spatial]
         r = radii.unsqueeze(2)
-        gap = offset.square().sum(-1, keepdim=True).clamp_min(1e-12).sqrt() - r
         moves = centers[:, 1] - centers[:, 0]
-        code = self.sight(torch.cat([e.unsqueeze(1).expand(-1, K, -1), offset, gap, r, moves], dim=-1))
+        code = self.sight(torch.cat([e.unsqueeze(1).expand(-1, K, -1), offset, _gap(offset, r), r, moves], dim=-1))
         return (code * (r > 0)).amax(dim=1)
 
     def predict(self, x_init: Tensor, out: Tensor) -> Tensor:
@@ -266,6 +264,12 @@ class TemporalNetwork(nn.Module):
             if tuple(value.shape) != shape:
                 raise ValueError(f'{name} has shape {tuple(value.shape)}, expected {shape}')
         return B
+
+
+def _gap(offset: Tensor, r: Tensor) -> Tensor:
+    """(..., 1): from the position to the surface of spheres at `offset` (..., d) from it; its gradient is finite at
+    their centres."""
+    return offset.square().sum(-1, keepdim=True).clamp_min(1e-12).sqrt() - r
 
 
 class Encoder(nn.Module):

@@ -90,14 +90,13 @@ def begin_with(model: nn.Module, given: TemporalNetwork, where: str) -> None:
     is taken, and the head begins with zero. ValueError, naming `where` it is from, for a network with nothing to take.
     """
     own, s, theirs = model.network, model.network.settings, given.settings
-    alike = replace(s, spheres=theirs.spheres, sight=theirs.sight)
+    alike = replace(s, spheres=theirs.spheres, sight=theirs.sight) if theirs.sight in (0, s.sight) else s
     if s.direct and replace(alike, kind=theirs.kind, hidden=theirs.hidden) == theirs and (
             (s.kind, s.hidden) != (theirs.kind, theirs.hidden)):
         _take(own, {k: v for k, v in given.state_dict().items() if k.startswith(('direct', 'sight'))})
         _silence_head(own)
         return
-    if (replace(alike, spatial=theirs.spatial) != theirs or theirs.spheres > s.spheres
-            or theirs.sight not in (0, s.sight)):
+    if replace(alike, spatial=theirs.spatial) != theirs or theirs.spheres > s.spheres:
         raise ValueError(f'{where}: its network has {theirs}; expected {s}, with or without spheres and sight')
     _take(own, given.state_dict())
     if s.spheres > theirs.spheres:
