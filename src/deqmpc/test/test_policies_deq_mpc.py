@@ -112,6 +112,29 @@ def test_a_plan_from_beyond_a_soft_bound_is_finished_where_the_bound_gives_way()
     assert step.defect <= 1e-4
 
 
+def test_a_sphere_that_a_soft_price_lets_the_plan_enter_is_avoided_at_a_higher_one():
+    problem = CrazyflieProblem().build(Airframe(), DT, T)
+    settings = Settings(softness=0.03, iterations=1, al_iterations=8, gn_steps=20)
+    soft = DeqMpc(problem, network(), settings)
+    held = DeqMpc(problem, soft.network, dataclasses.replace(settings, give=0.01))
+    x, u, _, radii = situation(B=3)
+    x[:] = 0.0
+    height = torch.tensor([-0.22, -0.23, -0.27], dtype=torch.float64)[:, None] + 0.03 * torch.arange(T + 1)
+    centers = torch.zeros(3, T + 1, K, 3, dtype=torch.float64)  # coming up to a hovering drone
+    centers[..., 2], radii[:, 0], radii[:, 1:] = height[..., None], 0.1, 0.0
+    with torch.no_grad():
+        entering, whole = (model(x, u, centers, radii, finish=True).solutions[-1] for model in (soft, held))
+    assert (entering.violation[:2] > 0.01).all() and entering.violation[2] <= 0.01
+    assert (whole.violation[:2] <= 1e-3).all() and whole.defect.max() <= 1e-4
+    assert torch.equal(whole.x[2], entering.x[2])
+    data = problem.instances(x, whole.x, u, centers, radii)
+    assert problem.residuals(data, whole.x, whole.u)[:2].max() <= 1e-3
+    controller = Controller(held)
+    for i in range(3):
+        step = controller.step(x[i].numpy(), u[i].numpy(), centers[i].numpy(), radii[i].numpy())
+        assert np.allclose(step.x, whole.x[i], atol=1e-3)
+
+
 @pytest.mark.parametrize('off', [1e3, 1e200, float('inf')])
 def test_a_plan_that_comes_from_a_hopeless_start_is_finished_from_standing(off):
     deq_mpc = joint(kind='nn', method='diff_mpc')  # its network does not look at the plan before

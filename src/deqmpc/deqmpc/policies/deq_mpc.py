@@ -23,7 +23,9 @@ and both the network and the constraints of MPC-m take o^i. For diff_mpc once, f
 Finish. m AL iterations do not always reach the tolerance. In flight and in rollouts a last plan that has not converged
 is solved on, with the same theta and from where it is, by the interior-point method: what is flown obeys the dynamics
 and bounds. Where that does not end (an AL iterate far off the dynamics is a bad start) it is solved once more, from
-standing at x_init. Nothing is finished while gradients are recorded, and validation errors are those of the iterates.
+standing at x_init. Where its soft constraints give way by more than `give` it is solved at HARDER times their price,
+and that answer taken if it gives way by less: a price that keeps flight smooth can be one at which a sphere is entered
+that could be avoided. Nothing is finished while gradients are recorded, and validation errors are those of the iterates.
 
 Gradient. Every iterate carries its implicit gradient at its own penalty (smooth early, sharp late); losses are taken
 on all of them:  sum_i |x^i - x_expert|_1 + 0.1 |theta^i - x_expert|_1 [+ mean_j |o_j^i - o_j,true|_1]. Through the
@@ -48,6 +50,7 @@ from deqmpc.realtime import solver as realtime
 from deqmpc.solvers import augmented_lagrangian as al
 
 METHODS = ('deq_mpc', 'diff_mpc')
+HARDER = 100.0  # times `softness`, where constraints gave way too far
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Settings:
     gamma: float = 10.0  # its factor after an AL iteration
     mu_max: float = 1e8  # its largest value
     softness: float = float('inf')  # largest multiplier of a constraint on the state; finite: soft constraints
+    give: float = float('inf')  # how far these may give way (m, units of a bound) before their price goes up
     tolerance: float = 1e-4  # on defects, violations and optimality, at which a sample stops
     exact_gradient: bool = False  # with the curvature of dynamics and spheres, which the paper's gradient leaves out
     compiled: bool = True  # batches on the CPU are solved by the compiled solver
@@ -78,7 +82,7 @@ class Settings:
         if not 0.0 < self.mu_0 <= self.mu_max < float('inf') or not self.gamma > 1.0:
             raise ValueError(f'mu_0 = {self.mu_0}, gamma = {self.gamma}, mu_max = {self.mu_max}; expected '
                              f'0 < mu_0 <= mu_max and gamma > 1')
-        for name in ('softness', 'tolerance'):
+        for name in ('softness', 'give', 'tolerance'):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f'{name} = {getattr(self, name)!r}; expected a number > 0')
 
@@ -97,6 +101,10 @@ class Settings:
     def finisher(self) -> realtime.Settings:
         """The solver's settings for a last plan that has not converged."""
         return realtime.Settings(tolerance=self.tolerance, elastic=self.softness)
+
+    def harder(self) -> realtime.Settings:
+        """The finisher's where soft constraints gave way by more than `give`."""
+        return replace(self.finisher(), elastic=HARDER * self.softness)
 
     def ends(self) -> tuple[al.Status, ...]:
         """With which the finisher has found a minimiser; INFEASIBLE: one in which soft constraints give way."""
@@ -234,6 +242,19 @@ class DeqMpc(nn.Module):
             better = ended | (_residual(found) < _residual(solution)[rows])
             solution = self._replaced(solution, rows[better], found, better)
             rows = rows[~ended]
+        return self._held(data, solution)
+
+    def _held(self, data: Instances, solution: al.Solution) -> al.Solution:
+        """`solution`, where its constraints give way by more than `give` with answers at a higher price that give way
+        by less."""
+        for start in (solution.warm_start, None):
+            rows = (solution.violation > self.settings.give).nonzero()[:, 0]
+            if len(rows) == 0:
+                break
+            solver = self._solver(self.settings.harder(), data.radii.shape[1])
+            found = solver.solve_batch(data[rows], None if start is None else start[rows])
+            better = (found.defect <= self.settings.tolerance) & (found.violation < solution.violation[rows])
+            solution = self._replaced(solution, rows[better], found, better)
         return solution
 
     @staticmethod
@@ -287,8 +308,8 @@ class Controller:
 
     def _make_solvers(self, spheres_max: int) -> None:
         s = self.settings
-        self._solver, self._finisher = (realtime.RealtimeSolver(self.problem, spheres_max, settings)
-                                        for settings in (s.solver(), s.finisher()))
+        self._solver, self._finisher, self._harder = (realtime.RealtimeSolver(self.problem, spheres_max, settings)
+                                                      for settings in (s.solver(), s.finisher(), s.harder()))
 
     def step(self, x_init: np.ndarray, u_ref: np.ndarray, centers: np.ndarray, radii: np.ndarray,
              warm_start: Step | None = None, iterations: int | None = None,
@@ -338,6 +359,13 @@ class Controller:
                     solution = found
                 if ended:
                     break
+            for begin in (solution.warm_start, None):
+                if not solution.violation > s.give:
+                    break
+                found = self._harder.solve(x_init, answer.theta, u_ref, centers, radii, begin)
+                steps += found.steps
+                if found.defect <= s.tolerance and found.violation < solution.violation:
+                    solution = found
         return Step(solution.x, solution.u, z, answer.theta, solution.status.value, steps, evaluations,
                     solution.defect, solution.violation, motion)
 

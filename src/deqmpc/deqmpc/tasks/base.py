@@ -74,6 +74,7 @@ class Task(ABC):
     spatial: ClassVar[int] = 3  # numbers of a sphere's centre: the first numbers of the state
     margin: ClassVar[float] = 0.0  # m that policies keep from every sphere's surface
     softness: ClassVar[float] = float('inf')  # largest multiplier of a constraint on the state, in policies
+    give: ClassVar[float] = float('inf')  # how far these give way at that price; farther costs more (policies.deq_mpc)
     period: ClassVar[tuple[float, ...]] = ()  # of every state, 0 where it is no angle; empty: no angles
 
     @property

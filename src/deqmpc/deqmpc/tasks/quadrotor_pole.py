@@ -122,6 +122,7 @@ class QPoleObs(QPole):
     name = 'qpole_obs'
     margin = 0.02  # plans are exact to less, and an episode ends where a sphere is touched
     softness = 3e3  # at 5 m/s, 5 knots from a sphere, nothing keeps clear of it; hard constraints made the drone tumble
+    give = margin  # beyond it the sphere itself is entered
     spheres: int = 40
     radius: float = 0.5
     fields: str = 'one'  # one: the same spheres in every episode; fresh: new ones for each

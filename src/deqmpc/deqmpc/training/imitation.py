@@ -129,7 +129,8 @@ def build_model(task: Task, variant: str, hidden: int, scale: tuple[float, ...] 
     predictor = ObstacleMotion(settings_for(network.settings)) if motion else None
     if how is None:
         return NetworkOnly(task.problem(), network, predictor)
-    return DeqMpc(task.problem(), network, Method(**{'method': how, 'softness': task.softness, **method}), predictor)
+    given = {'method': how, 'softness': task.softness, 'give': task.give, **method}
+    return DeqMpc(task.problem(), network, Method(**given), predictor)
 
 
 @torch.no_grad()
