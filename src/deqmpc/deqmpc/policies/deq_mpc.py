@@ -25,7 +25,7 @@ is solved on, with the same theta and from where it is, by the interior-point me
 and bounds. Where that does not end (an AL iterate far off the dynamics is a bad start) it is solved once more, from
 standing at x_init. Where its soft constraints give way by more than `give` it is solved at HARDER times their price,
 and that answer taken if it gives way by less: a price that keeps flight smooth can be one at which a sphere is entered
-that could be avoided. Nothing is finished while gradients are recorded, and validation errors are those of the iterates.
+that could be avoided. Nothing is finished while gradients are recorded; validation errors are those of the iterates.
 
 Gradient. Every iterate carries its implicit gradient at its own penalty (smooth early, sharp late); losses are taken
 on all of them:  sum_i |x^i - x_expert|_1 + 0.1 |theta^i - x_expert|_1 [+ mean_j |o_j^i - o_j,true|_1]. Through the
