@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,18 @@ def test_fewer_demonstrations_are_among_more_and_the_same_ones_validate(folder):
     assert np.array_equal(few[1], more[1]) and not set(few[1]) & set(more[0])
     with pytest.raises(ValueError, match='trajectories = 37; expected 1 to 36'):
         parts(d, Settings(), 37)
+
+
+@pytest.mark.parametrize('budget', ['small', 'medium', 'full'])
+def test_figure_3_asks_for_no_more_demonstrations_than_are_released_and_all_of_them_is_figure_2s_run(budget):
+    path = Path(os.environ.get('DEQMPC_DATA', 'absent')) / 'experts/quadrotor.npz'
+    if not path.exists():
+        pytest.skip(f'needs the released demonstrations {path}')
+    made = cells('fig3', budget)
+    for cell in made:
+        train, _ = parts(datasets.load(path), cell.run.training, cell.run.trajectories)
+        assert len(train) == cell.x
+    assert {cell.run for cell in made if cell.x == max(c.x for c in made)} <= {c.run for c in cells('fig2', budget)}
 
 
 def test_a_statistic_is_mean_standard_deviation_and_number_of_runs():
