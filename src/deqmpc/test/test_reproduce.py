@@ -151,9 +151,9 @@ def test_figure_3_asks_for_no_more_demonstrations_than_are_released_and_all_of_t
     path = Path(os.environ.get('DEQMPC_DATA', 'absent')) / 'experts/quadrotor.npz'
     if not path.exists():
         pytest.skip(f'needs the released demonstrations {path}')
-    made = cells('fig3', budget)
+    made, released = cells('fig3', budget), datasets.load(path)
     for cell in made:
-        train, _ = parts(datasets.load(path), cell.run.training, cell.run.trajectories)
+        train, _ = parts(released, cell.run.training, cell.run.trajectories)
         assert len(train) == cell.x
     assert {cell.run for cell in made if cell.x == max(c.x for c in made)} <= {c.run for c in cells('fig2', budget)}
 
