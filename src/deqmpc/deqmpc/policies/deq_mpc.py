@@ -34,6 +34,7 @@ constraints the plan's own loss reaches the motion network too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -230,31 +231,35 @@ class DeqMpc(nn.Module):
 
     @torch.no_grad()
     def _finished(self, data: Instances, solution: al.Solution) -> al.Solution:
-        """`solution` with its unconverged samples solved on, where that comes nearer to the constraints."""
-        rows = (~solution.converged).nonzero()[:, 0]
-        ends = torch.tensor([al.STATUS.index(status) for status in self.settings.ends()])
-        for start in (solution.warm_start, None):
-            if len(rows) == 0:
-                break
-            solver = self._solver(self.settings.finisher(), data.radii.shape[1])
-            found = solver.solve_batch(data[rows], None if start is None else start[rows])
-            ended = torch.isin(found.status, ends)
-            better = ended | (_residual(found) < _residual(solution)[rows])
-            solution = self._replaced(solution, rows[better], found, better)
-            rows = rows[~ended]
-        return self._held(data, solution)
+        """`solution` with its unconverged samples solved on, where that comes nearer to the constraints, and those
+        whose constraints give way by more than `give` solved at a higher price, where that gives way by less."""
+        s = self.settings
+        ends = torch.tensor([al.STATUS.index(status) for status in s.ends()])
 
-    def _held(self, data: Instances, solution: al.Solution) -> al.Solution:
-        """`solution`, where its constraints give way by more than `give` with answers at a higher price that give way
-        by less."""
+        def nearer(found, before, rows):
+            ended = torch.isin(found.status, ends)
+            return ended | (_residual(found) < _residual(before)[rows]), ended
+
+        def harder(found, before, rows):
+            better = (found.defect <= s.tolerance) & (found.violation < before.violation[rows])
+            return better, better & (found.violation <= s.give)
+        solution = self._retried(data, solution, ~solution.converged, s.finisher(), nearer)
+        return self._retried(data, solution, solution.violation > s.give, s.harder(), harder)
+
+    def _retried(self, data: Instances, solution: al.Solution, which: Tensor, settings: realtime.Settings,
+                 judge: Callable[[al.Solution, al.Solution, Tensor], tuple[Tensor, Tensor]]) -> al.Solution:
+        """`solution` with its samples `which` (B,) solved with these settings, from where they are and then, unless
+        that was enough, from standing. `judge(found, before, rows)`: which of the answers for `rows` of `before` are
+        taken, and which are enough."""
+        rows = which.nonzero()[:, 0]
         for start in (solution.warm_start, None):
-            rows = (solution.violation > self.settings.give).nonzero()[:, 0]
             if len(rows) == 0:
                 break
-            solver = self._solver(self.settings.harder(), data.radii.shape[1])
+            solver = self._solver(settings, data.radii.shape[1])
             found = solver.solve_batch(data[rows], None if start is None else start[rows])
-            better = (found.defect <= self.settings.tolerance) & (found.violation < solution.violation[rows])
-            solution = self._replaced(solution, rows[better], found, better)
+            taken, enough = judge(found, solution, rows)
+            solution = self._replaced(solution, rows[taken], found, taken)
+            rows = rows[~enough]
         return solution
 
     @staticmethod
@@ -308,8 +313,10 @@ class Controller:
 
     def _make_solvers(self, spheres_max: int) -> None:
         s = self.settings
-        self._solver, self._finisher, self._harder = (realtime.RealtimeSolver(self.problem, spheres_max, settings)
-                                                      for settings in (s.solver(), s.finisher(), s.harder()))
+        self._solver, self._finisher = (realtime.RealtimeSolver(self.problem, spheres_max, settings)
+                                        for settings in (s.solver(), s.finisher()))
+        self._harder = None if s.give == float('inf') else realtime.RealtimeSolver(self.problem, spheres_max,
+                                                                                   s.harder())
 
     def step(self, x_init: np.ndarray, u_ref: np.ndarray, centers: np.ndarray, radii: np.ndarray,
              warm_start: Step | None = None, iterations: int | None = None,
@@ -350,24 +357,39 @@ class Controller:
             start = solution.warm_start
             if i + 1 < count and solution.status is not al.Status.CONVERGED:
                 start = start._replace(mu=min(start.mu * s.gamma, s.mu_max))
+
+        def nearer(found, before):
+            ended = found.status in s.ends()
+            return ended or found.residual < before.residual or before.status is al.Status.NOT_FINITE, ended
+
+        def harder(found, before):
+            better = found.defect <= s.tolerance and found.violation < before.violation
+            return better, better and found.violation <= s.give
+        given = x_init, answer.theta, u_ref, centers, radii
         if solution.status is not al.Status.CONVERGED:
-            for begin in (start, None):
-                found = self._finisher.solve(x_init, answer.theta, u_ref, centers, radii, begin)
-                steps += found.steps
-                ended = found.status in s.ends()
-                if ended or found.residual < solution.residual or solution.status is al.Status.NOT_FINITE:
-                    solution = found
-                if ended:
-                    break
-            for begin in (solution.warm_start, None):
-                if not solution.violation > s.give:
-                    break
-                found = self._harder.solve(x_init, answer.theta, u_ref, centers, radii, begin)
-                steps += found.steps
-                if found.defect <= s.tolerance and found.violation < solution.violation:
-                    solution = found
+            solution, more = _retried(self._finisher, given, solution, start, nearer)
+            steps += more
+        if solution.violation > s.give:
+            solution, more = _retried(self._harder, given, solution, solution.warm_start, harder)
+            steps += more
         return Step(solution.x, solution.u, z, answer.theta, solution.status.value, steps, evaluations,
                     solution.defect, solution.violation, motion)
+
+
+def _retried(solver: realtime.RealtimeSolver, given: tuple, solution: realtime.Solution, start: realtime.WarmStart,
+             judge: Callable[[realtime.Solution, realtime.Solution], tuple[bool, bool]],
+             ) -> tuple[realtime.Solution, int]:
+    """`DeqMpc._retried` for one sample, and how many steps it took."""
+    steps = 0
+    for begin in (start, None):
+        found = solver.solve(*given, begin)
+        steps += found.steps
+        taken, enough = judge(found, solution)
+        if taken:
+            solution = found
+        if enough:
+            break
+    return solution, steps
 
 
 class DeqMpcPolicy(LearnedPolicy):
