@@ -242,7 +242,7 @@ def test_the_forecast_of_one_field_equals_the_batched_network(kind, compiled, mo
         first = network(*given)
         second = network(*given, first)
     carried = Forecast(first.centers[0].numpy(), first.w[0].double().numpy(),
-                       None if first.z is None else first.z[0].transpose(1, 2).contiguous().numpy())
+                       None if first.z is None else first.z[0].numpy())
     for made, expected in ((forecaster(*plain), first), (forecaster(*plain, carried), second)):
         assert made.centers == pytest.approx(expected.centers[0].numpy(), abs=1e-5)
         assert made.w == pytest.approx(expected.w[0].numpy(), abs=2e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deqmpc.networks import inference as inference_module
-from deqmpc.networks.convolution import convolution, packed
+from deqmpc.networks.convolution import convolution, transformed
 from deqmpc.networks.equilibrium import equilibrium
 from deqmpc.networks.inference import Inference
 from deqmpc.networks.normalization import GroupNorm
@@ -56,22 +56,28 @@ def test_the_equilibriums_gradient_is_the_exact_implicit_one_up_to_the_contracti
         assert error < 2.0 * 0.3 ** steps + 1e-11
 
 
-def test_the_networks_gradient_agrees_with_finite_differences():
+@pytest.mark.parametrize('of', ['input', 'weights'])
+def test_the_networks_gradient_agrees_with_finite_differences(of):
     network = TemporalNetwork(dataclasses.replace(SMALL, gradient_steps=60, spheres=True, fixed_point=anderson.Settings(
         tolerance=1e-12, evaluations=300, regularization=1e-12))).double()
     with torch.no_grad():
         for norm in (network.last_norm, network.second_norm):
             norm.weight.mul_(0.5)
     x, tau, centers, radii = inputs(SMALL)
-    x.requires_grad_()
-    direction = torch.randn_like(x)
+    variables = [x.requires_grad_()] if of == 'input' else list(network.parameters())
+    directions = [torch.randn_like(v) for v in variables]
     loss = network(x, tau, centers, radii).theta.square().sum()
-    slope = (torch.autograd.grad(loss, x)[0] * direction).sum()
+    slopes = [(g * d).sum() for g, d in zip(torch.autograd.grad(loss, variables), directions, strict=True)]
 
-    def at(step):
+    def at(variable, direction, step):
         with torch.no_grad():
-            return network(x + step * direction, tau, centers, radii).theta.square().sum()
-    assert slope == pytest.approx((at(1e-5) - at(-1e-5)) / 2e-5, rel=1e-4)
+            variable.add_(direction, alpha=step)
+            loss = network(x, tau, centers, radii).theta.square().sum()
+            variable.sub_(direction, alpha=step)
+        return loss
+    for slope, variable, direction in zip(slopes, variables, directions, strict=True):
+        difference = at(variable, direction, 1e-5) - at(variable, direction, -1e-5)
+        assert slope == pytest.approx(difference / 2e-5, rel=1e-4, abs=1e-4)
 
 
 def test_a_cold_fixed_point_of_a_new_network_is_found_within_ten_evaluations():
@@ -149,13 +155,32 @@ def test_the_output_is_read_as_the_settings_say(output):
     assert torch.allclose(theta[0, 1:], torch.cat([x[0, :3] + 0.1, velocity]).expand(4, 6))
 
 
+def convolved(N, dtype, bfloat16=False):
+    """Output and gradients (input, weight) of this convolution, and torch's in float64."""
+    x, w = torch.randn(3, N, 32, dtype=dtype), 0.1 * torch.randn(16, 32, 3, dtype=dtype)
+    b, g = torch.randn(16, dtype=dtype), torch.randn(3, N, 16, dtype=dtype)
+    results = []
+    for exact in (False, True):
+        given = [(v.double() if exact else v).requires_grad_() for v in (x.clone(), w.clone())]
+        if exact:
+            y = torch.nn.functional.conv1d(given[0].transpose(1, 2), given[1], b.double(), padding=1).transpose(1, 2)
+        else:
+            y = convolution(*given, b, transformed(given[1], N, bfloat16))
+        results.append([y, *torch.autograd.grad(y, given, g.to(y))])
+    return results
+
+
+@pytest.mark.parametrize('N', [1, 2, 3, 4, 5, 12, 33])
+def test_the_convolution_and_its_gradients_are_torchs_to_rounding(N):
+    for dtype, bound in ((torch.float64, 1e-14), (torch.float32, 3e-6)):
+        for made, exact in zip(*convolved(N, dtype), strict=True):
+            assert made.shape == exact.shape and (made - exact).norm() < bound * exact.norm()
+
+
 def test_bfloat16_products_stay_within_their_rounding_of_the_convolution():
-    x, w = torch.randn(3, 32, 5, requires_grad=True), (0.1 * torch.randn(16, 32, 3)).requires_grad_()
-    b, g = torch.randn(16), torch.randn(3, 16, 5)
-    exact = torch.nn.functional.conv1d(x, w, b, padding=1)
-    rounded = convolution(x, w, b, packed(w))
-    assert (exact - rounded).norm() < 2.0 ** -7 * exact.norm()
-    for a, e in zip(torch.autograd.grad(rounded, (x, w), g), torch.autograd.grad(exact, (x, w), g), strict=True):
+    (y, *gradients), (exact, *true) = convolved(5, torch.float32, bfloat16=True)
+    assert (exact - y).norm() < 2.0 ** -7 * exact.norm()
+    for a, e in zip(gradients, true, strict=True):
         assert (a - e).norm() < 2.0 ** -6 * e.norm()
 
 
@@ -171,16 +196,17 @@ def test_bfloat16_products_follow_a_change_of_the_weights():
     assert torch.allclose(after, network(x, tau).theta, atol=0.1) and not torch.allclose(after, before, atol=0.1)
 
 
-def test_the_norms_backward_pass_is_torchs():
+def test_the_norm_and_its_backward_pass_are_torchs():
     norm, twin = GroupNorm(4, 16).double(), torch.nn.GroupNorm(4, 16).double()
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2.0)
         norm.bias.normal_()
     twin.load_state_dict(norm.state_dict())
-    x, g = torch.randn(3, 16, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 16, 5, dtype=torch.float64)
-    made = torch.autograd.grad(norm(x), (x, norm.weight, norm.bias), g)
-    expected = torch.autograd.grad(twin(x), (x, twin.weight, twin.bias), g)
-    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(made, expected, strict=True))
+    x, g = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, 16, dtype=torch.float64)
+    y, z = norm(x), twin(x.transpose(1, 2)).transpose(1, 2)
+    made = torch.autograd.grad(y, (x, norm.weight, norm.bias), g)
+    expected = torch.autograd.grad(z, (x, twin.weight, twin.bias), g)
+    assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip([y, *made], [z, *expected], strict=True))
 
 
 TWINS = [dict(), dict(kind='nn', blocks=2), dict(spheres=True), dict(kind='nn', spheres=True, output='delta'),
@@ -199,7 +225,7 @@ def test_the_compiled_network_equals_the_torch_module(changes):
     for seed in range(3):
         given = [v[0].numpy() for v in inputs(settings, B=1, seed=seed)]
         with torch.no_grad():
-            first = None if z is None else torch.tensor(z.T)[None]
+            first = None if z is None else torch.tensor(z)[None]
             expected = network(*(torch.tensor(v)[None] for v in given), z=first)
         answer = twin(*given, z=z)
         assert answer.theta == pytest.approx(expected.theta[0].numpy(), abs=2e-5)
@@ -207,7 +233,7 @@ def test_the_compiled_network_equals_the_torch_module(changes):
         assert answer.residual == pytest.approx(float(expected.residual), rel=1e-2, abs=1e-6)
         if settings.kind == 'deq':
             # Anderson's weights magnify the rounding of the residuals' inner products
-            assert answer.z == pytest.approx(expected.z[0].numpy().T, abs=5e-5)
+            assert answer.z == pytest.approx(expected.z[0].numpy(), abs=5e-5)
             cold = answer if cold is None else cold
             z = cold.z
     if settings.kind == 'deq':

@@ -175,15 +175,15 @@ class _Torch:
             return torch.from_numpy(v).unsqueeze(0)
         spheres = (tensor(centers), tensor(radii)) if self.network.settings.spheres else (None, None)
         with torch.inference_mode():
-            p = self.network(tensor(x_init), tensor(tau), *spheres, None if z is None else tensor(z).transpose(1, 2))
-        return Answer(p.theta[0].double().numpy(), None if p.z is None else p.z[0].T.contiguous().numpy(),
+            p = self.network(tensor(x_init), tensor(tau), *spheres, None if z is None else tensor(z))
+        return Answer(p.theta[0].double().numpy(), None if p.z is None else p.z[0].numpy(),
                       int(p.evaluations), float(p.residual), bool(p.converged), bool(p.ok))
 
     def many(self, x_init, tau, z) -> tuple[np.ndarray, np.ndarray | None]:
         x_init, tau = torch.from_numpy(x_init), torch.from_numpy(tau)
         with torch.inference_mode():
-            p = self.network(x_init, tau, z=None if z is None else torch.from_numpy(z).transpose(1, 2))
-        return p.theta.double().numpy(), None if p.z is None else p.z.transpose(1, 2).contiguous().numpy()
+            p = self.network(x_init, tau, z=None if z is None else torch.from_numpy(z))
+        return p.theta.double().numpy(), None if p.z is None else p.z.numpy()
 
 
 class _Anderson(ctypes.Structure):

@@ -1,10 +1,11 @@
-"""GroupNorm with a backward pass of few, contiguous tensor operations.
+"""GroupNorm on sequences whose channels lie together, (B, N, C), with a backward pass of few tensor operations.
 
 With x^ = (x - mean) / sigma over each group of D numbers (channels of the group at all knots) and y = gain x^ + bias:
 
   g = gain dy     dx = (g - mean(g) - x^ mean(g x^)) / sigma     dgain = sum dy x^     dbias = sum dy
 
-torch's own backward pass runs its inner loop over the knots, of which there are five; this one is three times as fast.
+Sums run over the knots first: then everything works on whole channels. torch's own pass for this layout takes five
+times as long backward (C = 512, N = 5).
 """
 
 from __future__ import annotations
@@ -14,40 +15,39 @@ from torch import Tensor, nn
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch.nn.GroupNorm on (B, C, N)."""
+    """torch.nn.GroupNorm on (B, N, C)."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise."""
-        if not torch.is_grad_enabled():
-            return super().forward(input)
         return _GroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
+
+
+def _means(x: Tensor, groups: int) -> Tensor:
+    """(B, 1, C): of each channel, the mean over its group of x (B, N, C)."""
+    B, N, C = x.shape
+    mean = x.sum(1).view(B, groups, -1).mean(2, keepdim=True).div_(N)
+    return mean.expand(-1, -1, C // groups).reshape(B, 1, C)
 
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain, bias, groups, eps):
-        B, C, N = x.shape
-        x = x.contiguous()
-        y, mean, by = torch.native_group_norm(x, gain, bias, B, C, N, groups, eps)
-        ctx.save_for_backward(x, gain, mean, by)
-        return y
+        far = x - _means(x, groups)  # sigma x^
+        by = (_means(far.square(), groups) + eps).rsqrt_()
+        ctx.groups = groups
+        ctx.save_for_backward(far, gain, by)
+        return torch.addcmul(bias, far, by * gain)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, gain, mean, by = ctx.saved_tensors
-        B, C, N = x.shape
-        G = mean.shape[1]
-        mean, by = mean.unsqueeze(2), by.unsqueeze(2)
-        hat = ((x.view(B, G, -1) - mean).mul_(by)).view(B, -1)
-        dy = dy.reshape(B, -1)
+        far, gain, by = ctx.saved_tensors
         dx = dgain = dbias = None
+        along = (dy * far).mul_(by)
         if ctx.needs_input_grad[1]:
-            dgain = (dy * hat).sum(0).view(C, N).sum(1)
-            dbias = dy.sum(0).view(C, N).sum(1)
+            dgain, dbias = along.sum((0, 1)), dy.sum((0, 1))
         if ctx.needs_input_grad[0]:
-            g = (dy * gain.repeat_interleave(N)).view(B, G, -1)
-            hat = hat.view(B, G, -1)
-            along = (g * hat).mean(2, keepdim=True)
-            dx = torch.addcmul(g - g.mean(2, keepdim=True), hat, along, value=-1.0).mul_(by).view(B, C, N)
+            g = dy * gain
+            mean, slope = _means(g, ctx.groups), _means(along.mul_(gain), ctx.groups)
+            dx = torch.addcmul(g.sub_(mean), far, by * slope, value=-1.0).mul_(by)
         return dx, dgain, dbias, None, None

@@ -70,7 +70,7 @@ class Motion:
 
     centers: Tensor  # (B, T+1, K, d) m in the type of the input; knot 0 is now. NaN where `ok` is False
     w: Tensor  # (B, K, T, d) m/s, detached
-    z: Tensor | None  # (B, K, h, T) equilibrium, detached; None for the NN
+    z: Tensor | None  # (B, K, T, h) equilibrium, detached; None for the NN
     ok: Tensor  # (B, K) bool: inputs and outputs were finite
     converged: Tensor  # (B, K) bool: the fixed point was found within the tolerance; True for the NN
 
@@ -129,7 +129,7 @@ class ObstacleMotion(nn.Module):
 
     def _nothing(self, centers) -> Motion:
         s, none = self.settings, torch.zeros_like(centers[..., 0], dtype=torch.bool)
-        z = centers.new_zeros(len(centers), 0, s.hidden, s.horizon) if s.kind == 'deq' else None
+        z = centers.new_zeros(len(centers), 0, s.horizon, s.hidden) if s.kind == 'deq' else None
         w = centers.new_zeros(len(centers), 0, s.horizon, s.spatial)
         return Motion(centers.unsqueeze(1).expand(-1, s.horizon + 1, -1, -1), w, z, none, none)
 

@@ -3,7 +3,7 @@
 For knots t = 1..N (N = T), with the plan tau of the iterate before, its states s_t and the present state x_0:
 
   e_t = enc(s_t) + enc_0(x_0) + time_t [+ spheres_t]            enc = ReLU LayerNorm Linear, time_t learned
-  c   = GN Conv e                                               injection, (B, h, N)
+  c   = GN Conv e                                               injection, (B, N, h)
   DEQ:  z = d(z, c),  y = GN ReLU Conv z,  d = GN ReLU (z + GN (c + Conv y)), from z = ReLU c or the last z
   NN:   z <- ReLU (z + GN Conv ReLU GN Conv z), once for each block, from z = ReLU c
   out = Conv1 ReLU GN Conv z                                    Conv1 has kernel 1
@@ -47,10 +47,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deqmpc.networks.convolution import convolution, packed
+from deqmpc.networks.convolution import convolution, transformed
 from deqmpc.networks.equilibrium import equilibrium
 from deqmpc.networks.normalization import GroupNorm
 from deqmpc.solvers import anderson
@@ -113,7 +112,7 @@ class Prediction:
     """What the network says."""
 
     theta: Tensor  # (B, T+1, n) states to track; knot 0 is x_init. NaN where `ok` is False
-    z: Tensor | None  # (B, h, T) the equilibrium, detached; None for the NN
+    z: Tensor | None  # (B, T, h) the equilibrium, detached; None for the NN
     ok: Tensor  # (B,) bool: inputs and outputs were finite. Where False no gradient flows
     converged: Tensor  # (B,) bool: the fixed point was found within the tolerance; True for the NN
     evaluations: Tensor  # (B,) of the cell; 0 for the NN
@@ -159,7 +158,7 @@ class TemporalNetwork(nn.Module):
     def forward(self, x_init: Tensor, tau: Tensor, centers: Tensor | None = None, radii: Tensor | None = None,
                 z: Tensor | None = None) -> Prediction:
         """x_init (B, n); tau (B, T+1, n) states of the plan before; spheres centers (B, T+1, K, d), radii (B, K)
-        where the network encodes them; z (B, h, T) a first guess of the equilibrium."""
+        where the network encodes them; z (B, T, h) a first guess of the equilibrium."""
         s = self.settings
         B = self._check(x_init, tau, centers, radii, z)
         dtype = self.time.dtype
@@ -177,7 +176,9 @@ class TemporalNetwork(nn.Module):
         residual = torch.zeros_like(c[:, 0, 0])
         if s.kind == 'deq':
             first = torch.relu(c).detach() if z is None else torch.nan_to_num(z.detach().to(dtype))
-            z, found = equilibrium(self.cell, c, first, s.fixed_point, s.gradient_steps)
+            weights = [p for part in (self.first, self.first_norm, self.second, self.second_norm, self.last_norm)
+                       for p in part.parameters()]
+            z, found = equilibrium(self.cell, c, first, s.fixed_point, s.gradient_steps, weights)
             converged, evaluations, residual = found.converged, found.evaluations, found.residual
             ok = ok & found.finite
         else:
@@ -194,11 +195,11 @@ class TemporalNetwork(nn.Module):
         return Prediction(theta, z.detach() if s.kind == 'deq' else None, ok, converged, evaluations, residual)
 
     def inject(self, x_init: Tensor, tau: Tensor, centers: Tensor | None, radii: Tensor | None) -> Tensor:
-        """c (B, h, T)."""
+        """c (B, T, h)."""
         e = self.node(tau[:, 1:] / self.scale) + self.start(x_init / self.scale).unsqueeze(1)
         if self.settings.spheres:
             e = e + self.encode_spheres(tau, centers.to(tau), radii.to(tau))
-        return self.injection_norm(self.injection(e.transpose(1, 2) + self.time, self.bfloat16))
+        return self.injection_norm(self.injection(e + self.time.T, self.bfloat16))
 
     def encode_spheres(self, tau: Tensor, centers: Tensor, radii: Tensor) -> Tensor:
         """(B, T, h)."""
@@ -211,14 +212,14 @@ class TemporalNetwork(nn.Module):
         return self.sphere_out((code * (r > 0)).amax(dim=2))  # codes are >= 0: zero is the least
 
     def cell(self, z: Tensor, c: Tensor) -> Tensor:
-        """d(z, c), both (B, h, T)."""
+        """d(z, c), both (B, T, h)."""
         y = self.first_norm(torch.relu(self.first(z, self.bfloat16)))
         return self.last_norm(torch.relu(z + self.second_norm(c + self.second(y, self.bfloat16))))
 
     def head(self, z: Tensor) -> Tensor:
         """out (B, T, n)."""
         z = torch.relu(self.head_norm(self.head_in(z, self.bfloat16)))
-        return self.head_out(z.transpose(1, 2))
+        return self.head_out(z)
 
     def of_state(self, x_init: Tensor, centers: Tensor | None = None, radii: Tensor | None = None) -> Tensor:
         """What the direct part adds to `out`, (B, T, n). Spheres as in `forward`, of which the first and the last
@@ -259,7 +260,7 @@ class TemporalNetwork(nn.Module):
             K = radii.shape[-1]
             expected += [('centers', centers, (B, s.horizon + 1, K, s.spatial)), ('radii', radii, (B, K))]
         if z is not None:
-            expected += [('z', z, (B, s.hidden, s.horizon))]
+            expected += [('z', z, (B, s.horizon, s.hidden))]
         for name, value, shape in expected:
             if tuple(value.shape) != shape:
                 raise ValueError(f'{name} has shape {tuple(value.shape)}, expected {shape}')
@@ -285,22 +286,20 @@ class Encoder(nn.Module):
 
 
 class Convolution(nn.Module):
-    """1-D convolution with kernel 3 and zero padding: (B, inputs, N) -> (B, outputs, N)."""
+    """1-D convolution with kernel 3 and zero padding: (B, N, inputs) -> (B, N, outputs)."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         like = nn.Conv1d(inputs, outputs, 3, padding=1)  # its initialisation
         self.weight, self.bias = like.weight, like.bias
-        self._packed: tuple | None = None  # what `packed` made, and of which version of the weight
+        self._transformed: tuple | None = None  # what `transformed` made, and of what
 
     def forward(self, x: Tensor, bfloat16: bool = False) -> Tensor:
         """Convolve; with `bfloat16` the products are taken in that type and summed in float32."""
-        if not bfloat16:
-            return F.conv1d(x, self.weight, self.bias, padding=1)
-        version = self.weight._version, self.weight.data_ptr()
-        if self._packed is None or self._packed[0] != version:
-            self._packed = version, packed(self.weight)
-        return convolution(x, self.weight, self.bias, self._packed[1])
+        given = self.weight._version, self.weight.data_ptr(), x.shape[1], bfloat16
+        if self._transformed is None or self._transformed[0] != given:
+            self._transformed = given, transformed(self.weight, x.shape[1], bfloat16)
+        return convolution(x, self.weight, self.bias, self._transformed[1])
 
 
 class Block(nn.Module):
@@ -312,6 +311,6 @@ class Block(nn.Module):
         self.second, self.second_norm = Convolution(inner, hidden), GroupNorm(groups, hidden)
 
     def forward(self, z: Tensor, bfloat16: bool = False) -> Tensor:
-        """z (B, h, N)."""
+        """z (B, N, h)."""
         y = torch.relu(self.first_norm(self.first(z, bfloat16)))
         return torch.relu(z + self.second_norm(self.second(y, bfloat16)))

@@ -13,7 +13,7 @@ of one solver and one network.
 Penalty. Cold: mu_0, times gamma after every AL iteration up to mu_max. Warm, in the receding horizon: tau is shifted by
 one knot, the multipliers are zero, and mu starts at mu_max / gamma^(AL iterations to come - 1), so that the last one
 runs at mu_max. With N = 1 and m = 2 that is the 1e7, 1e8 of the authors' code. The equilibrium z is taken as it was:
-its columns belong to knots counted from now, by their time embedding. (Along expert trajectories a fresh network needs
+its rows belong to knots counted from now, by their time embedding. (Along expert trajectories a fresh network needs
 5.4 evaluations from the last z, 6.9 from a cold start, 9.1 from the shifted z.)
 
 Moving spheres. Given as they are now, with a velocity, they keep it up to the last knot; or, where the model has a
@@ -118,7 +118,7 @@ class WarmStart:
     """What one control step leaves for the next."""
 
     solver: al.WarmStart
-    z: Tensor | None  # (B, h, T) equilibrium of the network, where it has one
+    z: Tensor | None  # (B, T, h) equilibrium of the network, where it has one
     motion: Motion | None = None  # last prediction of the spheres' motion, where there is a network for it
 
     def shifted(self, steps: int = 1) -> WarmStart:

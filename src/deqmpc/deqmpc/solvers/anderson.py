@@ -86,7 +86,7 @@ def solve(f: Callable[[Tensor, Tensor], Tensor], z: Tensor, settings: Settings =
             Z, G = [v[going] for v in Z], [v[going] for v in G]
         slot = k % m
         Z[slot:slot + 1], G[slot:slot + 1] = [now], [g]
-        row = torch.stack([(v.unsqueeze(1) @ g.unsqueeze(2)).flatten() for v in G], dim=1)
+        row = torch.stack([(v * g).sum(dim=1) for v in G], dim=1)
         gram[:, slot, :len(G)] = gram[:, :len(G), slot] = row
         now = out
         if k > 0:
