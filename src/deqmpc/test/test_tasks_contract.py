@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deqmpc import datasets, tasks
+from deqmpc.airframe import Airframe
 from deqmpc.baselines import GoalPlanner
 from deqmpc.tasks import Spheres
 from deqmpc.tasks.quadrotor_pole import PAPER
@@ -108,6 +109,16 @@ def test_the_papers_bounds_are_the_thrusts_of_the_other_quadrotor():
         thrust = own.thrust_slope * PAPER[name] + own.thrust_offset
         assert thrust == pytest.approx(theirs.thrust_slope * command + theirs.thrust_offset, abs=1e-12)
     assert float(tasks.make('qpole', **PAPER).problem().u_high[0]) == PAPER['u_high']
+
+
+@pytest.mark.parametrize('name', ['crazyflie_obs', 'crazyflie_dynobs', 'crazyflie_wall'])
+def test_a_crazyflies_thrust_limit_bounds_its_plans_and_must_lift_it(name):
+    hover = Airframe().hover_thrust
+    assert (tasks.make(name).problem().u_high == 0.12 / hover).all()
+    limited = tasks.make(name, thrust_max=0.09)
+    assert (limited.problem().u_high == 0.09 / hover).all() and limited.flight_problem == tasks.make(name).flight_problem
+    with pytest.raises(ValueError, match='thrust_max = 0.08; expected more than the 0.0804 N of hovering'):
+        tasks.make(name, thrust_max=0.08)
 
 
 def test_fields_fill_the_cube_and_keep_clear_of_the_origin_and_of_each_other():

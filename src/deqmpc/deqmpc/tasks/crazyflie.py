@@ -63,6 +63,12 @@ class CrazyflieObs(Task):
     radius: float = FIELD.radius
     speed: float = 0.0  # m/s of every sphere
     floor: float = 0.15 - GOAL[2]  # m, lowest z that is planned
+    thrust_max: float = Airframe().thrust_max  # N a motor that plans may ask for
+
+    def __post_init__(self):
+        hover = Airframe().hover_thrust
+        if not self.thrust_max > hover:
+            raise ValueError(f'thrust_max = {self.thrust_max!r}; expected more than the {hover:.4f} N of hovering')
 
     @property
     def equations(self) -> Equations:
@@ -71,7 +77,8 @@ class CrazyflieObs(Task):
 
     def problem(self, horizon: int | None = None) -> Problem:
         """What flies the learned policy."""
-        return CrazyflieProblem().build(Airframe(), self.dt, horizon or self.horizon, self.floor)
+        frame = replace(Airframe(), thrust_max=self.thrust_max)
+        return CrazyflieProblem().build(frame, self.dt, horizon or self.horizon, self.floor)
 
     @property
     def flight_problem(self) -> dict[str, float]:
@@ -138,6 +145,7 @@ class CrazyflieWall(CrazyflieObs):
     radius: float = 0.2
 
     def __post_init__(self):
+        super().__post_init__()
         if self.spheres != len(WALL):
             raise ValueError(f'spheres = {self.spheres!r}; the wall has {len(WALL)}')
 
