@@ -2,6 +2,8 @@
 
 import csv
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,6 +312,24 @@ def test_the_command_trains_saves_a_model_with_its_card_and_continues(tmp_path):
     with Path(tmp_path / 'run/metrics.csv').open() as file:
         assert [int(row['step']) for row in csv.DictReader(file)] == [5, 10, 15, 20]
     assert train.main(command) == 0  # nothing left to do: validates and saves again
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    datasets.save(tmp_path / 'd.npz', demonstrations())
+    command = ['quadrotor', '--demonstrations', str(tmp_path / 'd.npz'), '--steps', '4', '--batch', '8',
+               '--hidden', '16', '--direct', '8', '--fit', '20', '--restart', '--validate-every', '1',
+               '--log-every', '1', '--out']
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m',
+                'deqmpc.training.train']
+    together = subprocess.run([*launcher, *command, str(tmp_path / 'two')], capture_output=True, text=True, timeout=120)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count('direct part: error') == 1
+    assert train.main([*command, str(tmp_path / 'one')]) == 0
+    errors = []
+    for run in ('one', 'two'):
+        with (tmp_path / run / 'metrics.csv').open() as file:
+            errors.append([float(row['valid_streamed']) for row in csv.DictReader(file)])
+    assert len(errors[0]) == 4 and errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
 def test_the_command_gives_the_model_a_motion_network_where_it_is_asked_for(tmp_path):

@@ -136,11 +136,18 @@ def run(arguments: argparse.Namespace, argv: list[str], device: str, ranks: int 
     trainer = Trainer(task, model, demonstrations, settings, device, a.trajectories)
     folder = a.out or Path('runs/train') / a.task / f'{a.policy}-h{a.hidden}-s{a.seed}'
     folder.mkdir(parents=True, exist_ok=True)
-    if a.restart and ranks == 1:
-        (folder / checkpoint.NAME).unlink(missing_ok=True)
+    if a.restart:
+        if not _rank():
+            (folder / checkpoint.NAME).unlink(missing_ok=True)
+        if ranks > 1:
+            dist.barrier()
     resumed = checkpoint.load(folder, trainer, about)
     if a.direct and a.fit and not resumed:
-        print(f'direct part: error {fit_direct(trainer, a.fit):.4f} of the change within a window')
+        if not _rank():
+            print(f'direct part: error {fit_direct(trainer, a.fit):.4f} of the change within a window')
+        if ranks > 1:
+            for p in model.parameters():
+                dist.broadcast(p.detach(), 0)
     found = _train(trainer, folder, about, a, ranks, resumed)
     if _rank():
         return folder / 'model'
