@@ -13,6 +13,7 @@ run where they are installed (pip install onnx onnxscript onnxruntime) and with 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import tempfile
 import time
@@ -21,10 +22,12 @@ from pathlib import Path
 import numpy as np
 import table
 import torch
+from torch.nn import functional
 
 from deqmpc.dynamics.quadrotor import U_HIGH, U_HOVER, U_LOW, Quadrotor
 from deqmpc.networks.inference import Inference
-from deqmpc.networks.temporal import Settings, TemporalNetwork
+from deqmpc.networks.normalization import GroupNorm
+from deqmpc.networks.temporal import Convolution, Settings, TemporalNetwork
 from deqmpc.policies import model
 from deqmpc.policies.deq_mpc import Controller, DeqMpc
 from deqmpc.policies.deq_mpc import Settings as Method
@@ -92,17 +95,47 @@ def networks(arguments):
                          inference.bytes_read(1) / 1e6, np.abs(answer.theta - theta).max())
             megabytes = (6 + 6 * arguments.expansion) * hidden ** 2 * 4 / 1e6  # every weight once
 
+            twin = plain(network)
+
             def eager():
                 with torch.inference_mode():
-                    return network(*tensors)  # noqa: B023
+                    return twin(*tensors)  # noqa: B023
             line(f'{kind} {hidden} torch eager', timed(eager, arguments.count // 4, arguments.emptied),
                  float(expected.evaluations), megabytes, 0.0)
             if arguments.peers and kind == 'nn':
                 peers(network, tensors, theta, arguments, megabytes)
 
 
+class Plain(torch.nn.Module):
+    """A convolution or norm as torch's own on (B, C, N), which exporters know; its weights are read once a call, not in
+    the frequency domain, where they are 8/3 as many."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, bfloat16=False):
+        m, x = self.module, x.transpose(1, 2)
+        if isinstance(m, GroupNorm):
+            y = functional.group_norm(x, m.num_groups, m.weight, m.bias, m.eps)
+        else:
+            y = functional.conv1d(x, m.weight, m.bias, padding=1)
+        return y.transpose(1, 2)
+
+
+def plain(network):
+    """A copy of the network in which they are."""
+    twin = copy.deepcopy(network)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, (Convolution, GroupNorm)):
+            twin.set_submodule(name, Plain(module))
+    return twin
+
+
 def peers(network, tensors, theta, arguments, megabytes):
     """The feed-forward network by torch.compile and ONNX Runtime."""
+    network = plain(network)
+
     class Theta(torch.nn.Module):
         def forward(self, *given):
             c = network.inject(*given)

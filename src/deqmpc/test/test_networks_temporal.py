@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from deqmpc.networks import convolution as convolution_module
 from deqmpc.networks import inference as inference_module
 from deqmpc.networks.convolution import convolution, transformed
 from deqmpc.networks.equilibrium import equilibrium
@@ -194,6 +195,16 @@ def test_bfloat16_products_follow_a_change_of_the_weights():
     after = network(x, tau).theta
     network.bfloat16 = False
     assert torch.allclose(after, network(x, tau).theta, atol=0.1) and not torch.allclose(after, before, atol=0.1)
+
+
+def test_a_network_that_has_answered_in_inference_mode_learns_afterwards():
+    network = TemporalNetwork(SMALL)
+    x, tau, *_ = inputs(SMALL)
+    convolution_module._matrices.cache_clear()
+    with torch.inference_mode():
+        assert network(x, tau).ok.all()
+    network(x, tau).theta.sum().backward()
+    assert network.first.weight.grad.abs().max() > 0
 
 
 def test_the_norm_and_its_backward_pass_are_torchs():

@@ -94,6 +94,7 @@ class _OfWeight(torch.autograd.Function):
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # they are kept
 def _matrices(N: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """F (M, N), E (M, 3), S (N, M)."""
     L = N + 1

@@ -298,7 +298,8 @@ class Convolution(nn.Module):
         """Convolve; with `bfloat16` the products are taken in that type and summed in float32."""
         given = self.weight._version, self.weight.data_ptr(), x.shape[1], bfloat16
         if self._transformed is None or self._transformed[0] != given:
-            self._transformed = given, transformed(self.weight, x.shape[1], bfloat16)
+            with torch.inference_mode(False):  # kept, and gradients may be wanted the next time
+                self._transformed = given, transformed(self.weight, x.shape[1], bfloat16)
         return convolution(x, self.weight, self.bias, self._transformed[1])
 
 
