@@ -250,8 +250,8 @@ def _rounded(value):
 
 def _starts(a, task, d, split_seed, generator) -> tuple[Tensor, Spheres, float | None, str]:
     """Starts, spheres, the expert's mean return, and where they come from."""
-    if (a.starts == 'demonstrations' and d is None) or (d is None and a.starts):
-        raise ValueError(f'--starts {a.starts}; expected --demonstrations FILE with it')
+    if a.starts == 'demonstrations' and d is None:
+        raise ValueError('--starts demonstrations; expected --demonstrations FILE with it')
     expert, episodes = None, None if d is None else episodes_of(d, split_seed)
     if d is not None and (a.starts == 'demonstrations' or (a.starts is None and not a.set)):
         episodes = episodes[:a.rollouts]

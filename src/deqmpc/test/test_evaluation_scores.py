@@ -225,6 +225,12 @@ def test_the_command_scores_a_folder_against_demonstrations(folder, tmp_path, ca
     assert found['unplanned'] == 0 and found['plans'] == 80
 
 
+def test_fresh_starts_may_be_asked_for_without_demonstrations(capsys):
+    asked, silent = (report(capsys, 'goal', '--task', 'quadrotor', '--rollouts', 2, '--steps', 3, *words)
+                     for words in (('--starts', 'fresh'), ()))
+    assert asked['starts'] == silent['starts'] == 'fresh' and asked['mean_return'] == silent['mean_return']
+
+
 def test_scores_on_a_card_stand_beside_their_command_once(folder, capsys):
     path = folder()
     for steps in (3, 3, 4):
