@@ -103,7 +103,7 @@ def networks(arguments):
             line(f'{kind} {hidden} torch eager', timed(eager, arguments.count // 4, arguments.emptied),
                  float(expected.evaluations), megabytes, 0.0)
             if arguments.peers and kind == 'nn':
-                peers(network, tensors, theta, arguments, megabytes)
+                peers(twin, tensors, theta, arguments, megabytes)
 
 
 class Plain(torch.nn.Module):
@@ -133,9 +133,7 @@ def plain(network):
 
 
 def peers(network, tensors, theta, arguments, megabytes):
-    """The feed-forward network by torch.compile and ONNX Runtime."""
-    network = plain(network)
-
+    """The feed-forward network, made `plain`, by torch.compile and ONNX Runtime."""
     class Theta(torch.nn.Module):
         def forward(self, *given):
             c = network.inject(*given)
